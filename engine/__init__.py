@@ -1,0 +1,1 @@
+"""The seam to what computes: the protocol, vLLM and the simulated engine."""

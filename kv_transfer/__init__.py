@@ -1,0 +1,1 @@
+"""Moves KV blocks between workers: leases, handles, transports, the vLLM connector."""
