@@ -40,13 +40,17 @@ class KvHandle(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., reader: _Optional[str] = ..., owner: _Optional[str] = ..., owner_incarnation: _Optional[str] = ..., owner_address: _Optional[str] = ..., row: _Optional[int] = ..., word: _Optional[int] = ..., tokens: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., layout_digest: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
-    __slots__ = ("caller",)
+    __slots__ = ("caller", "nonce", "mac")
     CALLER_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
     caller: str
-    def __init__(self, caller: _Optional[str] = ...) -> None: ...
+    nonce: bytes
+    mac: bytes
+    def __init__(self, caller: _Optional[str] = ..., nonce: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class PeerDescription(_message.Message):
-    __slots__ = ("name", "incarnation", "layout", "transports")
+    __slots__ = ("name", "incarnation", "layout", "transports", "arena_offset", "segment_stride", "block_stride", "blocks", "board_rows", "board_row_bytes", "model", "mac")
     class LayoutEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -65,11 +69,27 @@ class PeerDescription(_message.Message):
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    ARENA_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_STRIDE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_STRIDE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BOARD_ROWS_FIELD_NUMBER: _ClassVar[int]
+    BOARD_ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: str
     layout: _containers.ScalarMap[str, str]
     transports: _containers.ScalarMap[str, bytes]
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout: _Optional[_Mapping[str, str]] = ..., transports: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+    arena_offset: int
+    segment_stride: int
+    block_stride: int
+    blocks: int
+    board_rows: int
+    board_row_bytes: int
+    model: str
+    mac: bytes
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout: _Optional[_Mapping[str, str]] = ..., transports: _Optional[_Mapping[str, bytes]] = ..., arena_offset: _Optional[int] = ..., segment_stride: _Optional[int] = ..., block_stride: _Optional[int] = ..., blocks: _Optional[int] = ..., board_rows: _Optional[int] = ..., board_row_bytes: _Optional[int] = ..., model: _Optional[str] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("handle",)
