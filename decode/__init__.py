@@ -1,0 +1,1 @@
+"""What is particular to the decode role: KV room, the fetch, step-batched token output."""

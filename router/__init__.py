@@ -1,0 +1,1 @@
+"""The gateway and the brain: decides which request runs on which worker, and when."""

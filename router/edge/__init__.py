@@ -1,0 +1,1 @@
+"""One file per protocol spoken to clients. Translation only; policy lives in the core."""

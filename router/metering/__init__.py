@@ -1,0 +1,1 @@
+"""Will hold the usage ledger, the audit log and the price book."""
