@@ -108,6 +108,7 @@ def install_step(step, progress):
 
 def pip(arguments, progress):
     process = subprocess.Popen([*PIP, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
     chunk = b"."
     while chunk:
         if select.select([process.stdout], [], [], 0.5)[0]:

@@ -1,0 +1,40 @@
+# Shorthand. Everything here also runs without make: see the commands on the right.
+PYTHON ?= python3
+VENV = .venv/bin/python
+
+.PHONY: setup up test test-fast check format protos conformance lock clean
+
+setup:  ## everything needed to develop, vLLM included
+	$(PYTHON) bootstrap.py setup
+
+up:  ## a cluster on this machine; pass arguments as ARGS="--engine sim"
+	$(PYTHON) bootstrap.py up $(ARGS)
+
+test:  ## the whole suite
+	$(PYTHON) bootstrap.py test $(ARGS)
+
+test-fast:  ## without real vLLM
+	$(PYTHON) bootstrap.py test-fast $(ARGS)
+
+check:  ## formatting, lint, types, import rules, generated code
+	$(PYTHON) bootstrap.py check
+
+format:
+	$(VENV) -m ruff format .
+	$(VENV) -m ruff check --fix .
+
+protos:  ## regenerate protos/*_pb2*
+	$(VENV) -m protos.build
+
+conformance:  ## the public protocols, against their published definitions
+	$(PYTHON) bootstrap.py test-fast tests/conformance $(ARGS)
+
+bench-%:  ## bench-router-core runs benchmarks/router_core.py
+	$(VENV) -m benchmarks.$(subst -,_,$*) $(ARGS)
+
+lock:  ## resolve requirements/*.txt again, to the newest versions pyproject.toml allows
+	$(VENV) requirements/lock.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,16 @@
+"""What the markers mean. A test module imports vLLM or torch inside its tests, so that it can be collected without."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+HAS_GPU = Path("/dev/nvidiactl").exists()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("vllm") and not HAS_VLLM:
+        pytest.fail("vLLM is not installed: `python3 bootstrap.py setup`, or leave it out with `make test-fast`")
+    if item.get_closest_marker("gpu") and not HAS_GPU:
+        pytest.skip("no CUDA device")
