@@ -1,0 +1,304 @@
+"""The Python client, synchronous and asynchronous.
+
+    with Client("127.0.0.1:50051") as client:
+        for delta in client.generate("def add(a, b):", max_tokens=64):
+            print(delta.text, end="")
+
+A generation begins when `generate` is called. Leaving the loop early, closing the generation or dropping it cancels it
+at the server. Failures are the exceptions of `tandem.errors`. A client is one connection; more clients are more
+connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, Self, Unpack
+
+import grpc
+
+from protos import control_pb2_grpc, inference_pb2_grpc
+from tandem import wire
+from tandem.errors import Cancelled, InternalError, error_from_rpc
+from tandem.values import ClusterStatus, Delta, Finished, Model, Result, Role, SamplingOptions, TokenLogprobs
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+#: For the calls that answer at once.
+_CONTROL_TIMEOUT_S = 10.0
+
+_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    # A long answer may be silent for a while (queue, prefill); pings tell that from a peer that is gone.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # gRPC's own defaults wait up to two minutes after a router restarts.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Answers come in small messages, but one with logprobs of a long step is not 4 MiB for certain.
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    # Two clients in one process are two connections, not one shared by accident.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class _Call(Protocol):
+    """What a generation needs of a gRPC call."""
+
+    def __iter__(self) -> Iterator[wire.GenerateResponse]: ...
+    def cancel(self) -> bool: ...
+
+
+class _Answer:
+    """What has arrived of one answer."""
+
+    def __init__(self) -> None:
+        self.request_id = ""
+        self.finished: Finished | None = None
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(self._text)
+
+    def _take(self, response: wire.GenerateResponse) -> Delta | None:
+        self.request_id = response.request_id
+        match wire.event(response):
+            case Delta() as delta:
+                self._text.append(delta.text)
+                self._token_ids += delta.token_ids
+                self._logprobs += delta.logprobs
+                return delta
+            case Finished() as finished:
+                self.finished = finished
+        return None
+
+    def _result(self) -> Result:
+        if self.finished is None:
+            raise InternalError("the server ended the stream without finishing the answer")
+        return Result(
+            request_id=self.request_id,
+            text=self.text,
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            finished=self.finished,
+        )
+
+
+class Generation(_Answer):
+    """One answer on its way. Iterate it once for its deltas, or call `result` for the whole."""
+
+    def __init__(self, call: _Call) -> None:
+        super().__init__()
+        self._call = call
+
+    def __iter__(self) -> Iterator[Delta]:
+        try:
+            for response in self._call:
+                if (delta := self._take(response)) is not None:
+                    yield delta
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+        finally:
+            self.close()
+        self._result()
+
+    def result(self) -> Result:
+        """Waits for the end; also fine after some deltas were taken."""
+        for _ in self:
+            pass
+        return self._result()
+
+    def close(self) -> None:
+        """Cancels the request if it still runs."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncGeneration(_Answer):
+    """One answer on its way. Iterate it once for its deltas, or await `result` for the whole."""
+
+    def __init__(self, call: grpc.aio.UnaryStreamCall[wire.GenerateRequest, wire.GenerateResponse]):
+        super().__init__()
+        self._call = call
+        self._closed = False
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            async for response in self._call:
+                if (delta := self._take(response)) is not None:
+                    yield delta
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+        except asyncio.CancelledError:
+            # gRPC raises this for a call that was closed, too; that must not look like the task's own cancellation.
+            task = asyncio.current_task()
+            if self._closed and not (task and task.cancelling()):
+                raise Cancelled("the generation was closed") from None
+            raise
+        finally:
+            self.close()
+        self._result()
+
+    async def result(self) -> Result:
+        """Waits for the end; also fine after some deltas were taken."""
+        async for _ in self:
+            pass
+        return self._result()
+
+    def close(self) -> None:
+        """Cancels the request if it still runs."""
+        self._closed = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Client:
+    """May be shared by threads."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
+        self._control = control_pb2_grpc.ControlStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
+        request_id: str = "",
+        lane: str = "",
+        return_token_ids: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generation:
+        """Begins one generation. `prompt` is text or token ids; an empty `model` means the only one served; past
+        `timeout_s` the generation ends with DeadlineExceeded, wherever it is."""
+        request = wire.generate_request(
+            prompt, sampling, model=model, request_id=request_id, lane=lane, return_token_ids=return_token_ids
+        )
+        return Generation(self._inference.Generate(request, timeout=timeout_s))
+
+    def models(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> tuple[Model, ...]:
+        try:
+            response = self._inference.ListModels(wire.list_models_request(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+        return wire.models(response)
+
+    def status(self, *, requests: bool = False, timeout_s: float = _CONTROL_TIMEOUT_S) -> ClusterStatus:
+        try:
+            response = self._control.GetStatus(wire.get_status_request(requests=requests), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+        return wire.cluster_status(response)
+
+    def drain(self, worker_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
+        """Asks a worker to finish what it has and take no more. Returns when the order is given."""
+        try:
+            self._control.DrainWorker(wire.drain_worker_request(worker_id), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+
+    def set_role(self, worker_id: str, role: Role, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
+        try:
+            self._control.SetWorkerRole(wire.set_worker_role_request(worker_id, role), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+
+    def close(self) -> None:
+        """Generations that still run are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """Belongs to the event loop it is created in."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
+        self._control = control_pb2_grpc.ControlStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
+        request_id: str = "",
+        lane: str = "",
+        return_token_ids: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> AsyncGeneration:
+        """As `Client.generate`."""
+        request = wire.generate_request(
+            prompt, sampling, model=model, request_id=request_id, lane=lane, return_token_ids=return_token_ids
+        )
+        return AsyncGeneration(self._inference.Generate(request, timeout=timeout_s))
+
+    async def models(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> tuple[Model, ...]:
+        try:
+            response = await self._inference.ListModels(wire.list_models_request(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+        return wire.models(response)
+
+    async def status(self, *, requests: bool = False, timeout_s: float = _CONTROL_TIMEOUT_S) -> ClusterStatus:
+        try:
+            response = await self._control.GetStatus(wire.get_status_request(requests=requests), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+        return wire.cluster_status(response)
+
+    async def drain(self, worker_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
+        """As `Client.drain`."""
+        try:
+            await self._control.DrainWorker(wire.drain_worker_request(worker_id), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+
+    async def set_role(self, worker_id: str, role: Role, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
+        try:
+            await self._control.SetWorkerRole(wire.set_worker_role_request(worker_id, role), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+
+    async def close(self) -> None:
+        """Generations that still run are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
