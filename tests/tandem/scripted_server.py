@@ -1,0 +1,101 @@
+"""A real gRPC server whose answers a test scripts: what the client makes of them is what is tested."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import status_pb2
+
+from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+
+@dataclass
+class Script:
+    """What the server does, and what it saw."""
+
+    deltas: list[str] = field(default_factory=lambda: ["one", " two"])
+    finish: bool = True
+    #: After the deltas, wait until the client goes away.
+    hang: bool = False
+    refuse: status_pb2.Status | None = None
+    address: str = ""
+    requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
+    orders: list[object] = field(default_factory=list)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+def refusal(code: grpc.StatusCode, message: str, *details: object) -> status_pb2.Status:
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)  # type: ignore[arg-type]
+        status.details.append(packed)
+    return status
+
+
+class _Service(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlServicer):
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    def Generate(self, request, context) -> Iterator[inference_pb2.GenerateResponse]:  # type: ignore[no-untyped-def]
+        self.script.requests.append(request)
+        if (status := self.script.refuse) is not None:
+            context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
+            context.abort(next(c for c in grpc.StatusCode if c.value[0] == status.code), status.message)
+        for text in self.script.deltas:
+            delta = inference_pb2.Delta(text=text, token_ids=[len(text)])
+            yield inference_pb2.GenerateResponse(request_id="r-1", delta=delta)
+        if self.script.hang:
+            gone = threading.Event()
+            if context.add_callback(gone.set):  # false: the client is gone already
+                gone.wait(30)
+            self.script.cancelled.set()
+        elif self.script.finish:
+            finished = inference_pb2.Finished(reason=inference_pb2.FINISH_REASON_STOP, stop_match="END")
+            finished.usage.completion_tokens = 2
+            finished.timings.ttft_s = 0.25
+            finished.route.prefill_worker = "p-0"
+            yield inference_pb2.GenerateResponse(request_id="r-1", finished=finished)
+
+    def ListModels(self, request, context) -> inference_pb2.ListModelsResponse:  # type: ignore[no-untyped-def]
+        return inference_pb2.ListModelsResponse(
+            models=[inference_pb2.Model(name="nano", max_model_len=4096, vocab_size=4096, ready=True)]
+        )
+
+    def GetStatus(self, request, context) -> control_pb2.Status:  # type: ignore[no-untyped-def]
+        status = control_pb2.Status(router_id="router-1", uptime_s=2.5, outcomes={"finished": 3})
+        worker = status.workers.add(worker_id="p-0", role=1, state="ready", model="nano", engine="sim", pid=7)
+        worker.load.kv_blocks_free = 10
+        worker.lanes.add(peer="d-0", transport="nixl", gigabytes_per_s=3.5)
+        if request.requests:
+            status.requests.add(request_id="r-1", state="decoding", decode_worker="d-0")
+        return status
+
+    def DrainWorker(self, request, context) -> control_pb2.DrainWorkerResponse:  # type: ignore[no-untyped-def]
+        if request.worker_id == "nobody":
+            context.abort(grpc.StatusCode.NOT_FOUND, "no worker is called nobody")
+        self.script.orders.append(request)
+        return control_pb2.DrainWorkerResponse()
+
+    def SetWorkerRole(self, request, context) -> control_pb2.SetWorkerRoleResponse:  # type: ignore[no-untyped-def]
+        self.script.orders.append(request)
+        return control_pb2.SetWorkerRoleResponse()
+
+
+@contextmanager
+def serving(script: Script) -> Iterator[Script]:
+    with ThreadPoolExecutor(8) as pool:
+        server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
+        service = _Service(script)
+        inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
+        control_pb2_grpc.add_ControlServicer_to_server(service, server)
+        script.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        try:
+            yield script
+        finally:
+            server.stop(None).wait()
