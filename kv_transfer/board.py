@@ -1,0 +1,86 @@
+"""The lease board: registered host memory in which an owner says, without being asked, which leases hold.
+
+A reader reads a lease's blocks and then, by the same transport, its row's word. The word still there means that the
+lease held all the while: a seqlock across machines, which costs the owner no instruction.
+
+    row:  word u64 | tokens_ready u32 | blocks_ready u32 | block ids u32 x blocks_per_row
+
+Write order is the protocol. On offer: ids, counts, then the word. On end: the word goes to zero *first*; only after
+`withdraw` has returned may anyone reuse the lease's blocks. Between the two lies at least one hand-over of KvNode's
+lock, which is the barrier that processors with weaker ordering than x86 need. Words are random and 63 bits, so a row's
+next lease, or another process at the same address, never shows a word that an old handle names.
+"""
+
+from __future__ import annotations
+
+import mmap
+import secrets
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+HEADER = struct.Struct("<QII")
+_LINE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RowHeader:
+    """The first bytes of a row, as a reader sees them."""
+
+    word: int
+    tokens_ready: int
+    blocks_ready: int
+
+    @classmethod
+    def parse(cls, raw: bytes) -> RowHeader:
+        return cls(*HEADER.unpack(raw))
+
+
+def new_word() -> int:
+    """63 random bits, never zero: zero is a row without a lease."""
+    return secrets.randbits(63) or 1
+
+
+class Board:
+    """The rows, and behind them scratch slots of one row each into which this process reads other nodes' rows."""
+
+    def __init__(self, rows: int, blocks_per_row: int, scratch_slots: int) -> None:
+        self.rows = rows
+        self.blocks_per_row = blocks_per_row
+        self.row_bytes = -(-(HEADER.size + 4 * blocks_per_row) // _LINE) * _LINE
+        self.nbytes = self.row_bytes * (rows + scratch_slots)
+        # Anonymous pages: zero, page-aligned, and not touched before they are used.
+        self._memory: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, self.nbytes), np.uint8)
+        by_row = self._memory.reshape(rows + scratch_slots, self.row_bytes)
+        self._words = by_row[:, :8].view(np.uint64)[:, 0]
+        self._counts = by_row[:, 8:16].view(np.uint32)
+        self._ids = by_row[:, 16 : 16 + 4 * blocks_per_row].view(np.uint32)
+
+    @property
+    def address(self) -> int:
+        return int(self._memory.ctypes.data)
+
+    def publish(self, row: int, word: int, block_ids: Sequence[int], tokens: int) -> None:
+        assert self._words[row] == 0, "a row is withdrawn before it is published again"
+        self._ids[row, : len(block_ids)] = block_ids
+        self._counts[row] = (tokens, len(block_ids))
+        self._words[row] = word
+
+    def withdraw(self, row: int) -> None:
+        self._words[row] = 0
+
+    def word(self, row: int) -> int:
+        return int(self._words[row])
+
+    def row_offset(self, row: int) -> int:
+        return row * self.row_bytes
+
+    def scratch_offset(self, slot: int) -> int:
+        return (self.rows + slot) * self.row_bytes
+
+    def scratch_header(self, slot: int) -> RowHeader:
+        start = self.scratch_offset(slot)
+        return RowHeader.parse(self._memory[start : start + HEADER.size].tobytes())

@@ -1,0 +1,185 @@
+"""KvPeer, the control side between two nodes: who are you, and this lease may end. No KV byte passes here.
+
+Every call is authenticated with the cluster secret: Describe by a MAC over a nonce both ways, Release and Extend by
+the handle they carry. That keeps strangers out; it does not hide anything from who can listen. For that, give both
+sides `PeerCredentials` (TLS); without them a node should listen on a loopback or private address only.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NoReturn
+
+import grpc
+
+from kv_transfer import wire
+from kv_transfer.handle import Handle, HandleRefused
+from kv_transfer.wire import PeerFacts
+from protos import kv_pb2, kv_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+#: Back-off outlives a channel unless its pool of subchannels is its own, and a restarted peer must be met at once.
+_CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
+#: Without it two nodes could be given the same port, each receiving half of the other's calls.
+_SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCredentials:
+    """TLS for both directions."""
+
+    server: grpc.ServerCredentials
+    channel: grpc.ChannelCredentials
+
+
+class PeerUnreachable(Exception):
+    """No answer within the deadline, or none that can be trusted."""
+
+
+class PeerRefused(Exception):
+    """The peer, or its answer, was refused: another cluster's secret, another node at the address."""
+
+
+class PeerServer:
+    """Serves KvPeer for one node. `release` and `extend` get handles whose MAC is right."""
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        secret: bytes,
+        facts: PeerFacts,
+        release: Callable[[Handle], bool],
+        extend: Callable[[Handle, float], int | None],
+        credentials: PeerCredentials | None,
+        threads: int,
+    ) -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kv-peer")
+        self._server = grpc.server(self._executor, options=_SERVER_OPTIONS)
+        kv_pb2_grpc.add_KvPeerServicer_to_server(_Servicer(secret, facts, release, extend), self._server)
+        if credentials is None:
+            port = self._server.add_insecure_port(f"{host}:0")
+        else:
+            port = self._server.add_secure_port(f"{host}:0", credentials.server)
+        self.address = f"{host}:{port}"
+        self._server.start()
+
+    def stop(self, grace_s: float) -> None:
+        self._server.stop(grace_s).wait()
+        self._executor.shutdown()
+
+
+class _Servicer(kv_pb2_grpc.KvPeerServicer):
+    def __init__(
+        self,
+        secret: bytes,
+        facts: PeerFacts,
+        release: Callable[[Handle], bool],
+        extend: Callable[[Handle, float], int | None],
+    ) -> None:
+        self._secret = secret
+        self._facts = facts
+        self._release = release
+        self._extend = extend
+
+    def Describe(self, request: kv_pb2.DescribeRequest, context: grpc.ServicerContext) -> kv_pb2.PeerDescription:
+        if not wire.is_authentic(request, self._secret):
+            _deny(context, "the call's MAC is wrong: made with another cluster's secret")
+        return wire.answer(self._facts, request.nonce, self._secret)
+
+    def Release(self, request: kv_pb2.ReleaseRequest, context: grpc.ServicerContext) -> kv_pb2.ReleaseResponse:
+        return kv_pb2.ReleaseResponse(held=self._release(self._handle(request.handle, context)))
+
+    def Extend(self, request: kv_pb2.ExtendRequest, context: grpc.ServicerContext) -> kv_pb2.ExtendResponse:
+        deadline_ms = self._extend(self._handle(request.handle, context), request.ttl_s)
+        return kv_pb2.ExtendResponse(held=deadline_ms is not None, deadline_ms=deadline_ms or 0)
+
+    def _handle(self, message: kv_pb2.KvHandle, context: grpc.ServicerContext) -> Handle:
+        try:
+            return wire.unseal(message, self._secret)
+        except HandleRefused as refused:
+            _deny(context, str(refused))
+
+
+def _deny(context: grpc.ServicerContext, why: str) -> NoReturn:
+    context.abort(grpc.StatusCode.PERMISSION_DENIED, why)
+    raise AssertionError("abort raises")
+
+
+class PeerClient:
+    """Calls one peer. Thread-safe."""
+
+    def __init__(self, address: str, *, secret: bytes, credentials: PeerCredentials | None) -> None:
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials.channel, options=_CHANNEL_OPTIONS)
+        self._address = address
+        self._secret = secret
+        self._stub = kv_pb2_grpc.KvPeerStub(self._channel)
+        self._lock = threading.Lock()
+        self._outstanding = 0
+        self._closing = False
+
+    def describe(self, caller: str, timeout_s: float) -> PeerFacts:
+        nonce = secrets.token_bytes(16)
+        try:
+            message = self._stub.Describe(wire.ask(caller, nonce, self._secret), timeout=timeout_s)
+        except grpc.RpcError as error:
+            detail = f"{self._address}: {error.details()}"
+            if error.code() is grpc.StatusCode.PERMISSION_DENIED:
+                raise PeerRefused(detail) from error
+            raise PeerUnreachable(detail) from error
+        facts = wire.read_answer(message, nonce, self._secret)
+        if facts is None:
+            raise PeerRefused(f"{self._address}: the answer's MAC is wrong: made with another cluster's secret")
+        return facts
+
+    def extend(self, handle: bytes, ttl_s: float, timeout_s: float) -> bool:
+        """False when the lease has ended. Raises PeerUnreachable."""
+        request = kv_pb2.ExtendRequest(handle=kv_pb2.KvHandle.FromString(handle), ttl_s=ttl_s)
+        try:
+            return self._stub.Extend(request, timeout=timeout_s).held
+        except grpc.RpcError as error:
+            raise PeerUnreachable(f"{self._address}: {error.details()}") from error
+
+    def release(self, handle: bytes, timeout_s: float, done: Callable[[bool], None]) -> None:
+        """Sends and returns; `done` is told, from another thread, whether the owner got it."""
+        request = kv_pb2.ReleaseRequest(handle=kv_pb2.KvHandle.FromString(handle))
+        with self._lock:
+            if self._closing:
+                closed = True
+            else:
+                closed = False
+                self._outstanding += 1
+        if closed:
+            done(False)
+            return
+        future = self._stub.Release.future(request, timeout=timeout_s)
+        future.add_done_callback(lambda call: self._released(call, done))
+
+    def _released(self, call: grpc.Future, done: Callable[[bool], None]) -> None:
+        with self._lock:
+            self._outstanding -= 1
+            close = self._closing and not self._outstanding
+        done(not call.cancelled() and call.exception() is None)
+        if close:
+            self._close_channel()
+
+    def close(self) -> None:
+        """Lets calls under way end first, without waiting for them."""
+        with self._lock:
+            close = not self._closing and not self._outstanding
+            self._closing = True
+        if close:
+            self._channel.close()
+
+    def _close_channel(self) -> None:
+        # Channel.close waits for the thread that runs callbacks, which is the one we are in.
+        threading.Thread(target=self._channel.close, name="kv-peer-close", daemon=True).start()

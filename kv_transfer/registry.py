@@ -1,0 +1,42 @@
+"""Transports by name. Importing this loads none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kv_transfer.inproc import InprocHub, InprocTransport
+from kv_transfer.transport import Transport
+
+NAMES = ("inproc", "nixl")
+
+
+class TransportUnavailable(Exception):
+    """A configured transport can't be had here; says what to do about it."""
+
+
+def make_transports(names: Sequence[str], *, host: str = "127.0.0.1", hub: InprocHub | None = None) -> list[Transport]:
+    """One fresh transport per name, in that order, for one node that serves on `host`. Raises TransportUnavailable.
+
+    "inproc" reaches the nodes whose transports were made with the same `hub`.
+    """
+    return [_make(name, host, hub) for name in names]
+
+
+def _make(name: str, host: str, hub: InprocHub | None) -> Transport:
+    match name:
+        case "inproc":
+            if hub is None:
+                raise TransportUnavailable('transport "inproc" needs the hub that its nodes share')
+            return InprocTransport(hub)
+        case "nixl":
+            return _make_nixl(host)
+        case _:
+            raise TransportUnavailable(f"unknown transport {name!r}; there are {', '.join(NAMES)}")
+
+
+def _make_nixl(host: str) -> Transport:
+    try:
+        from kv_transfer.nixl import NixlTransport
+    except ImportError as error:
+        raise TransportUnavailable(f'transport "nixl" needs the package nixl-cu12 ({error})') from error
+    return NixlTransport(host)
