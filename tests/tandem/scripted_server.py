@@ -25,7 +25,8 @@ class Script:
     address: str = ""
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
     orders: list[object] = field(default_factory=list)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    #: The latest generation is over, for whatever reason.
+    ended: threading.Event = field(default_factory=threading.Event)
 
 
 def refusal(code: grpc.StatusCode, message: str, *details: object) -> status_pb2.Status:
@@ -43,6 +44,7 @@ class _Service(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlSer
 
     def Generate(self, request, context) -> Iterator[inference_pb2.GenerateResponse]:  # type: ignore[no-untyped-def]
         self.script.requests.append(request)
+        context.add_callback(self.script.ended.set)
         if (status := self.script.refuse) is not None:
             context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
             context.abort(next(c for c in grpc.StatusCode if c.value[0] == status.code), status.message)
@@ -50,10 +52,7 @@ class _Service(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlSer
             delta = inference_pb2.Delta(text=text, token_ids=[len(text)])
             yield inference_pb2.GenerateResponse(request_id="r-1", delta=delta)
         if self.script.hang:
-            gone = threading.Event()
-            if context.add_callback(gone.set):  # false: the client is gone already
-                gone.wait(30)
-            self.script.cancelled.set()
+            self.script.ended.wait(30)
         elif self.script.finish:
             finished = inference_pb2.Finished(reason=inference_pb2.FINISH_REASON_STOP, stop_match="END")
             finished.usage.completion_tokens = 2

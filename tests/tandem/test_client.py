@@ -147,7 +147,7 @@ def test_past_its_time_a_generation_ends(generate: Generate, server: Script) -> 
     server.hang = True
     with pytest.raises(DeadlineExceeded):
         generate(timeout_s=0.2)
-    assert server.cancelled.wait(30)
+    assert server.ended.wait(30)
 
 
 def test_nobody_there_is_unavailable() -> None:
@@ -161,7 +161,7 @@ def test_leaving_the_loop_cancels(server: Script) -> None:
         for delta in client.generate("hi"):
             assert delta.text == "one"
             break
-        assert server.cancelled.wait(30)
+        assert server.ended.wait(30)
 
 
 def test_closing_cancels_and_keeps_what_has_arrived(server: Script) -> None:
@@ -170,7 +170,7 @@ def test_closing_cancels_and_keeps_what_has_arrived(server: Script) -> None:
         with client.generate("hi") as generation:
             deltas = iter(generation)
             next(deltas), next(deltas)
-        assert server.cancelled.wait(30)
+        assert server.ended.wait(30)
         assert generation.text == "one two"
         with pytest.raises(Cancelled):
             next(deltas)
@@ -183,7 +183,7 @@ async def test_leaving_the_async_loop_cancels(server: Script) -> None:
             async for delta in generation:
                 assert delta.text == "one"
                 break
-        assert await asyncio.to_thread(server.cancelled.wait, 30)
+        assert await asyncio.to_thread(server.ended.wait, 30)
 
 
 async def test_closing_an_async_generation_is_not_mistaken_for_cancelling_the_task(server: Script) -> None:
@@ -201,7 +201,7 @@ async def test_cancelling_the_task_cancels_the_request(server: Script) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
                 await client.generate("hi").result()
-        assert await asyncio.to_thread(server.cancelled.wait, 30)
+        assert await asyncio.to_thread(server.ended.wait, 30)
 
 
 async def test_both_clients_speak_to_operators_alike(server: Script) -> None:
