@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
 from decode.admission import DecodeLimits
 from engine.base import EngineOptions
 from prefill.admission import PrefillLimits
@@ -145,3 +147,13 @@ class WorkerConfig:
 def is_address(text: str) -> bool:
     host, colon, port = text.rpartition(":")
     return bool(host and colon) and port.isascii() and port.isdigit() and int(port) < 65536
+
+
+def to_json(config: WorkerConfig) -> bytes:
+    """For `python -m worker`. Holds the cluster's secret: hand it over by a pipe or a private file."""
+    return msgspec.json.encode(config)
+
+
+def from_json(text: bytes) -> WorkerConfig:
+    """Raises ValueError that names what is wrong."""
+    return msgspec.json.decode(text, type=WorkerConfig, strict=True)

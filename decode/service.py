@@ -1,0 +1,62 @@
+"""Decode legs at one worker: fetch what prefill computed, then decode. Bytes are confirmed before the engine hears of
+the leg, so a transfer that fails ends here, and the router runs the prefill leg again. Who may ask and when a leg
+expires is the caller's; see worker/legs.py."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+from decode.admission import DecodeLimits
+from engine.base import DecodeLeg, Engine, FailureKind, LegError, Staged, StepOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeOrder:
+    #: As the router names it; the engine knows the leg by an id of this process.
+    leg: DecodeLeg
+    timeout_s: float
+    #: Empty: the prompt is computed here.
+    handle: bytes = b""
+
+
+class DecodeReply(Protocol):
+    def fetched(self, staged: Staged) -> None: ...
+    def step(self, output: StepOutput) -> None: ...
+
+
+class DecodeService:
+    def __init__(self, engine: Engine, limits: DecodeLimits) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._fetches = asyncio.Semaphore(limits.fetches)
+
+    async def serve(self, order: DecodeOrder, engine_leg_id: str, reply: DecodeReply) -> None:
+        """Says what was fetched, if anything was to be, then the outputs, the last with a finish reason.
+
+        Raises LegError. Cancelling stops the read or aborts the leg in the engine, whichever is going on.
+        """
+        staged = await self._fetch(order) if order.handle else None
+        try:
+            if staged:
+                reply.fetched(staged)
+            outputs = self._engine.decode(replace(order.leg, leg_id=engine_leg_id, staged=staged))
+        except BaseException:
+            if staged:
+                await self._engine.discard(staged)
+            raise
+        # From its first step on the iterator owns the staged bytes: it is the engine that knows whether its scheduler
+        # may still read them.
+        async with aclosing(cast(AsyncGenerator[StepOutput, None], outputs)):
+            async for output in outputs:
+                reply.step(output)
+                if output.finish_reason:
+                    return
+        raise LegError(FailureKind.ENGINE, "the engine ended the leg without a finish reason")
+
+    async def _fetch(self, order: DecodeOrder) -> Staged:
+        async with self._fetches:
+            return await self._engine.fetch(order.handle, min(self._limits.fetch_timeout_s, order.timeout_s))

@@ -1,0 +1,29 @@
+"""`python -m worker CONFIG.json` runs one worker; `-` reads the configuration from standard input.
+
+People use `tandem worker`, which builds the configuration from a file, the environment and flags."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from worker.config import from_json
+from worker.main import run
+from worker.process import ExitCode
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 1:
+        print("usage: python -m worker CONFIG.json | -", file=sys.stderr)
+        return ExitCode.BAD_CONFIG
+    try:
+        text = sys.stdin.buffer.read() if argv[0] == "-" else Path(argv[0]).read_bytes()
+        config = from_json(text)
+    except (OSError, ValueError) as error:
+        print(f"configuration: {error}", file=sys.stderr)
+        return ExitCode.BAD_CONFIG
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

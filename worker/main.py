@@ -1,0 +1,106 @@
+"""Starts one worker in this process and ends it by signals.
+
+The first SIGTERM or SIGINT lets the worker drain; the second ends it at once, with whatever processes the engine has.
+Neither depends on the event loop being free: an engine that loads may keep it busy for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import uvloop
+
+from engine.build import build_engine
+from worker.config import WorkerConfig
+from worker.log import start_logging
+from worker.process import ExitCode, serve
+
+log = logging.getLogger(__name__)
+
+
+def run(config: WorkerConfig) -> ExitCode:
+    """Runs the worker until it has left; call it from the main thread of a process that is the worker's own."""
+    start_logging(config.log, config.worker_id)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        stop = asyncio.Event()
+        with _signals(runner.get_loop(), stop) as signals:
+            # Links close, the engine stops, each within its own bound; what hangs beyond is ended hard.
+            patience_s = config.stop_timeout_s + 3 * config.link.close_timeout_s
+
+            def ending(code: ExitCode) -> None:
+                signals.end_hard_after(patience_s, code)
+
+            try:
+                return runner.run(serve(config, build_engine(config.engine, config.engine_options), stop, ending))
+            except Exception:
+                log.exception("a fault ended the worker")
+                return ExitCode.FAULT
+
+
+class _Signals:
+    def __init__(self, loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+        self._loop = loop
+        self._stop = stop
+        self._asked = False
+        self._code_hard = ExitCode.FAULT
+
+    def asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
+        if self._asked:
+            end_hard(128 + number)
+        self._asked = True
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+    def end_hard_after(self, seconds: float, code: ExitCode) -> None:
+        self._code_hard = code
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def out_of_patience(self, _number: int, _frame: FrameType | None) -> None:
+        end_hard(self._code_hard)
+
+
+@contextmanager
+def _signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> Iterator[_Signals]:
+    signals = _Signals(loop, stop)
+    handlers = {
+        signal.SIGTERM: signals.asked_to_stop,
+        signal.SIGINT: signals.asked_to_stop,
+        signal.SIGALRM: signals.out_of_patience,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield signals
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_hard(code: int) -> None:
+    """Ends this process and all below it, now. Nothing is flushed or freed; peers learn it from broken connections."""
+    for pid in descendants(os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    os._exit(code)
+
+
+def descendants(root: int) -> list[int]:
+    """Children before grandchildren. Empty where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # pid (name) state ppid ...; the name may hold anything, parentheses too.
+            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found[1:]
