@@ -7,6 +7,8 @@
                              v                            |  more, or an exit that a restart cannot cure
                           STOPPED                      GAVE UP
 
+A child that exits with code 0 has left of its own accord, as a drained worker does; it is not started again.
+
 Every child leads a process group of its own: a terminal's Ctrl-C reaches the supervisor alone, which stops the children
 in the order of their stages, and whatever a dead child leaves in its group is killed with it. Should the supervisor
 itself be killed, `tandem.guard` ends the groups.
@@ -43,12 +45,12 @@ _LOG_BYTES_MAX = 64 * 1024 * 1024
 class ChildSpec:
     name: str
     argv: tuple[str, ...]
+    cwd: Path | None = None
     log: Path
     #: Children of one group stand in for one another.
     group: str
     #: Stages stop one after the other, lowest first.
     stop_stage: int = 0
-    env: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,13 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """It ended without being told to by us, and without an error. It is not started again."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GaveUp:
     """Nothing will start this child again. `final` means its group has nobody left, so the run ends."""
 
@@ -96,7 +105,7 @@ class Stopped:
     killed: bool
 
 
-Event = Started | Died | GaveUp | Stopped
+Event = Started | Died | Left | GaveUp | Stopped
 
 
 class Outcome(Enum):
@@ -199,13 +208,22 @@ class Supervisor:
                         name: tasks.create_task(self._keep(child, guarding), name=f"keep {name}")
                         for name, child in self._children.items()
                     }
-                    await self._stopping.wait()
+                    await self._stop_or_all_ended(keepers)
                     for stage in sorted({child.spec.stop_stage for child in self._children.values()}):
                         await self._stop_stage(stage, keepers)
             finally:
                 for child in self._children.values():
                     child.signal(signal.SIGKILL)
         return self._outcome
+
+    async def _stop_or_all_ended(self, keepers: Mapping[str, asyncio.Task[None]]) -> None:
+        stop = asyncio.create_task(self._stopping.wait())
+        ended = asyncio.create_task(asyncio.wait(keepers.values()))
+        try:
+            await asyncio.wait([stop, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            ended.cancel()
 
     async def _stop_stage(self, stage: int, keepers: Mapping[str, asyncio.Task[None]]) -> None:
         names = [name for name, child in self._children.items() if child.spec.stop_stage == stage]
@@ -223,6 +241,9 @@ class Supervisor:
             pid, code = await self._run_once(child, guarding)
             if self.is_stopping():
                 self._on_event(Stopped(name=child.spec.name, killed=child.killed or self._killing))
+                return
+            if code == 0:
+                self._on_event(Left(name=child.spec.name))
                 return
             delay_s = None if code == EXIT_CONFIG else child.restarts.died(time.monotonic())
             self._on_event(
@@ -244,7 +265,7 @@ class Supervisor:
         with _open_log(child.spec.log) as log:
             child.log_start = log.tell()
             process = await asyncio.create_subprocess_exec(
-                *child.spec.argv, stdin=DEVNULL, stdout=log, stderr=STDOUT, env=child.spec.env, start_new_session=True
+                *child.spec.argv, cwd=child.spec.cwd, stdin=DEVNULL, stdout=log, stderr=STDOUT, start_new_session=True
             )
         _tell(guarding, f"+{process.pid}\n")
         child.process = process

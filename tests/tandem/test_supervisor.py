@@ -16,6 +16,7 @@ from tandem.supervisor import (
     Died,
     Event,
     GaveUp,
+    Left,
     Outcome,
     RestartPolicy,
     Restarts,
@@ -155,6 +156,21 @@ async def test_a_child_that_says_its_configuration_is_wrong_is_not_started_again
     cluster = Cluster(tmp_path, worker=f"raise SystemExit({EXIT_CONFIG})")
     assert await cluster.outcome() is Outcome.FAILED
     assert len(cluster.pids("worker")) == 1
+
+
+async def test_a_child_that_leaves_without_an_error_is_not_started_again(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, router=SLEEP, worker="pass")
+    await cluster.until(lambda: Left(name="worker") in cluster.events)
+    await cluster.up("router")
+    assert len(cluster.pids("worker")) == 1
+    assert not cluster.run.done()
+    cluster.supervisor.stop()
+    assert await cluster.outcome() is Outcome.STOPPED
+
+
+async def test_the_run_ends_when_all_have_left(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, router="pass", worker="pass")
+    assert await cluster.outcome() is Outcome.STOPPED
 
 
 async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""How the commands look: tables, sizes, sentences. Values in, renderables or text out; nothing here talks to anyone."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tandem.values import ClusterStatus, Finished, RequestStatus, WorkerStatus
+
+_STATE_STYLES = {"ready": "green", "joining": "yellow", "draining": "yellow"}
+
+
+def duration(seconds: float) -> str:
+    if seconds < 0.0995:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def plural(count: int, noun: str) -> str:
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun[:-1]}ies" if noun.endswith("y") else f"{count:,} {noun}s"
+
+
+def route(finished: Finished) -> str:
+    """Which workers served an answer and what the hand-off cost, in one line."""
+    usage, timings, route = finished.usage, finished.timings, finished.route
+    cached = f", {usage.cached_prompt_tokens} of them cached" if usage.cached_prompt_tokens else ""
+    parts = []
+    if route.prefill_worker:
+        parts.append(
+            f"prefill {route.prefill_worker}: {plural(usage.prompt_tokens, 'token')}{cached}, "
+            f"{duration(timings.prefill_s)}"
+        )
+    if route.transport:
+        parts.append(
+            f"hand-off {duration(timings.handoff_s)}: {size(route.transfer_bytes)} by {route.transport} "
+            f"in {duration(timings.transfer_s)}"
+        )
+    if route.decode_worker:
+        decode_s = max(timings.total_s - timings.ttft_s, 0.0)
+        rate = f", {(usage.completion_tokens - 1) / decode_s:,.0f} tokens/s" if decode_s > 0 else ""
+        own = " (computed the prompt itself)" if route.local_prefill else ""
+        parts.append(f"decode {route.decode_worker}{own}: {plural(usage.completion_tokens, 'token')}{rate}")
+    line = "  →  ".join(parts)
+    return f"{line}  ({plural(route.retries, 'retry')})" if route.retries else line
+
+
+def latency(finished: Finished) -> str:
+    timings = finished.timings
+    return (
+        f"first token after {duration(timings.ttft_s)}, all after {duration(timings.total_s)}, "
+        f"ended by {finished.reason.value}"
+    )
+
+
+def status(cluster: ClusterStatus, address: str) -> RenderableType:
+    parts: list[RenderableType] = [_headline(cluster, address)]
+    if cluster.workers:
+        parts.append(_workers(cluster.workers))
+        parts.append(_lanes(cluster.workers))
+    else:
+        parts.append(Text("no workers have joined", style="yellow"))
+    if cluster.requests:
+        parts.append(_requests(cluster.requests))
+    return Group(*parts)
+
+
+def _headline(cluster: ClusterStatus, address: str) -> Text:
+    outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(cluster.outcomes.items()) if count)
+    text = Text()
+    text.append(address, style="bold")
+    text.append(f"  up {duration(cluster.uptime_s)}  ·  router {cluster.router_id}\n")
+    text.append(f"requests: {cluster.requests_running:,} running, {cluster.requests_queued:,} queued")
+    text.append(f"; ended: {outcomes}" if outcomes else "; none ended yet")
+    return text
+
+
+def _workers(workers: tuple[WorkerStatus, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for column in ("worker", "role", "state", "model", "engine"):
+        table.add_column(column, no_wrap=column != "model")
+    for column in ("prefill", "decode", "KV blocks", "leases", "staged", "moved", "pid"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for worker in sorted(workers, key=lambda worker: worker.worker_id):
+        load = worker.load
+        moved = size(load.transfer_bytes_total)
+        table.add_row(
+            worker.worker_id,
+            worker.role.value if worker.role else "?",
+            Text(worker.state, style=_STATE_STYLES.get(worker.state, "red")),
+            worker.model,
+            worker.engine,
+            f"{worker.prefill_legs}/{worker.prefill_legs_max}",
+            f"{worker.decode_legs}/{worker.decode_legs_max}",
+            f"{load.kv_blocks_total - load.kv_blocks_free:,}/{load.kv_blocks_total:,}",
+            f"{load.leases_held:,}",
+            f"{load.staged_pages:,}",
+            f"{moved}, {load.transfer_failures_total:,} failed" if load.transfer_failures_total else moved,
+            str(worker.pid),
+        )
+    return table
+
+
+def _lanes(workers: tuple[WorkerStatus, ...]) -> Text:
+    lines = []
+    for worker in sorted(workers, key=lambda worker: worker.worker_id):
+        for lane in worker.lanes:
+            how = (
+                Text(f"cannot exchange KV: {lane.refusal}", style="red")
+                if lane.refusal
+                else Text(f"{lane.transport}, {lane.gigabytes_per_s:.1f} GB/s")
+            )
+            lines.append(Text.assemble(f"lane {lane.peer} → {worker.worker_id}: ", how))
+    return Text("\n").join(lines)
+
+
+def _requests(requests: tuple[RequestStatus, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for column in ("request", "tenant", "state", "prefill", "decode"):
+        table.add_column(column, no_wrap=True)
+    for column in ("age", "prompt", "answer"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for request in requests:
+        table.add_row(
+            request.request_id,
+            request.tenant,
+            request.state,
+            request.prefill_worker,
+            request.decode_worker,
+            duration(request.age_s),
+            f"{request.prompt_tokens:,}",
+            f"{request.completion_tokens:,}",
+        )
+    return table
