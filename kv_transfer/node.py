@@ -115,18 +115,18 @@ class KvNode:
         self._secret = secret
         self._host = host
         self._credentials = credentials
-        self._limits = limits or NodeLimits()
+        self.limits = limits or NodeLimits()
         self._wires = tuple(_Wire(transport, Turn()) for transport in transports)
         self._meetings = tuple(Turn() for _ in range(_MEETINGS))
 
-        self._board = Board(self._limits.rows, self._limits.blocks_per_row, self._limits.fetches + _MEETINGS)
+        self._board = Board(self.limits.rows, self.limits.blocks_per_row, self.limits.fetches + _MEETINGS)
         #: Guards everything below. Held for microseconds; never while calling a transport, gRPC or a callback.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._leases = LeaseTable(self._board, new_word, self._limits.lease_ttl_s_max)
-        self._transfers = TransferTable(Staging(0), self._limits.used_handles)
+        self._leases = LeaseTable(self._board, new_word, self.limits.lease_ttl_s_max)
+        self._transfers = TransferTable(Staging(0), self.limits.used_handles)
         self._jobs: dict[str, _Job] = {}
-        self._scratch_slots = list(range(self._limits.fetches))
+        self._scratch_slots = list(range(self.limits.fetches))
         #: Least recently used first. A name's entry changes only under its wire's turn.
         self._peers: OrderedDict[str, _Peer] = OrderedDict()
         self._refusals: OrderedDict[str, Lane] = OrderedDict()
@@ -168,7 +168,7 @@ class KvNode:
             raise RuntimeError("a node is opened once")
         self._arena = arena_map
         self._on_ended = on_ended
-        self._transfers = TransferTable(Staging(staging_pages), self._limits.used_handles)
+        self._transfers = TransferTable(Staging(staging_pages), self.limits.used_handles)
         regions = {
             ARENA: Region(ARENA, arena.address, arena.nbytes, arena.device),
             STAGING: Region(STAGING, staging.address, staging.nbytes, staging.device),
@@ -183,7 +183,7 @@ class KvNode:
             release=self._release_lease,
             extend=self._extend_lease,
             credentials=self._credentials,
-            threads=self._limits.server_threads,
+            threads=self.limits.server_threads,
         )
         self._expiry = threading.Thread(target=self._expire_leases, name=f"kv-expiry-{self.name}", daemon=True)
         self._expiry.start()
@@ -420,7 +420,7 @@ class KvNode:
             if self._closed:
                 raise FetchError(Outcome.FAILED, "the node is closed")
             if not self._scratch_slots:
-                raise FetchError(Outcome.FULL, f"{self._limits.fetches} fetches are under way")
+                raise FetchError(Outcome.FULL, f"{self.limits.fetches} fetches are under way")
             try:
                 transfer = self._transfers.begin(handle.staged_id, handle.owner, blocks)
             except AlreadyUsed as used:
@@ -480,7 +480,7 @@ class KvNode:
         _check_blocks(handle, peer.facts)
         segments = block_segments(self.layout, peer.facts.arena, handle.block_ids, job.transfer.pages)
         with peer.wire.turn.hold(job.deadline, job.cancel):
-            for piece in pieces(segments, self._limits.piece_bytes):
+            for piece in pieces(segments, self.limits.piece_bytes):
                 job.cancel.check()
                 self._read(peer, piece, job.deadline)
             with self._lock:
@@ -508,11 +508,11 @@ class KvNode:
     def _tell_owner(self, peer: _Peer, handle: bytes) -> None:
         """Ends the lease at its owner. Off the critical path, and allowed to get lost: then the lease expires."""
         with self._lock:
-            room = self._releases_in_flight < self._limits.releases_in_flight
+            room = self._releases_in_flight < self.limits.releases_in_flight
             self._releases_in_flight += room
             self._releases_lost += not room
         if room:
-            peer.client.release(handle, self._limits.release_timeout_s, self._owner_told)
+            peer.client.release(handle, self.limits.release_timeout_s, self._owner_told)
 
     def _owner_told(self, arrived: bool) -> None:
         with self._lock:
@@ -528,7 +528,7 @@ class KvNode:
 
     def connect(self, *, peer: str, address: str) -> Lane:
         """Meets a peer before the first fetch needs it. What keeps the two apart is in the lane's `refusal`."""
-        deadline = time.monotonic() + self._limits.meet_timeout_s
+        deadline = time.monotonic() + self.limits.meet_timeout_s
         try:
             return self._meet(peer, address, None, deadline, None).lane
         except (FetchError, TransportError) as error:
@@ -536,7 +536,7 @@ class KvNode:
         lane = Lane(peer=peer, refusal=refusal)
         with self._lock:
             self._refusals[peer] = lane
-            while len(self._refusals) > self._limits.peers:
+            while len(self._refusals) > self.limits.peers:
                 self._refusals.popitem(last=False)
         return lane
 
@@ -553,7 +553,7 @@ class KvNode:
                 return known
             client = PeerClient(address, secret=self._secret, credentials=self._credentials)
             try:
-                peer = self._introduce(name, address, incarnation, client, deadline, self._limits.fetches + stripe)
+                peer = self._introduce(name, address, incarnation, client, deadline, self.limits.fetches + stripe)
             except BaseException:
                 client.close()
                 raise
@@ -587,7 +587,7 @@ class KvNode:
         return peer
 
     def _describe(self, name: str, address: str, client: PeerClient, deadline: float) -> PeerFacts:
-        timeout_s = min(deadline - time.monotonic(), self._limits.meet_timeout_s)
+        timeout_s = min(deadline - time.monotonic(), self.limits.meet_timeout_s)
         try:
             facts = client.describe(self.name, max(timeout_s, 0.001))
         except PeerRefused as error:
@@ -632,7 +632,7 @@ class KvNode:
     def _self_test(self, transport: Transport, facts: PeerFacts, scratch_slot: int, deadline: float) -> float:
         """Reads the peer's board and some of its arena, as every fetch will; GB/s, or 0 without staging room for it."""
         self._row_header(transport, facts, 0, scratch_slot, deadline)
-        wanted = -(-self._limits.self_test_bytes // self.layout.block_bytes)
+        wanted = -(-self.limits.self_test_bytes // self.layout.block_bytes)
         with self._lock:
             blocks = min(wanted, facts.arena.blocks, self._transfers.staging.free)
             pages = self._transfers.staging.take(blocks) if blocks else None
@@ -656,7 +656,7 @@ class KvNode:
         took_s = []
         for _ in range(3):  # the first wires the connection up
             began = time.perf_counter()
-            for piece in pieces(segments, self._limits.piece_bytes):
+            for piece in pieces(segments, self.limits.piece_bytes):
                 _read(transport, facts.name, piece, deadline)
             took_s.append(time.perf_counter() - began)
         return segments.nbytes / min(took_s) / 1e9
@@ -676,7 +676,7 @@ class KvNode:
 
     def _forget_oldest(self) -> None:
         with self._lock:
-            oldest = next(iter(self._peers.values())) if len(self._peers) > self._limits.peers else None
+            oldest = next(iter(self._peers.values())) if len(self._peers) > self.limits.peers else None
         if oldest is not None:
             self._forget(oldest)
 
@@ -714,7 +714,7 @@ class KvNode:
         with self._lock:
             self._leases.check_integrity()
             self._transfers.check_integrity()
-            assert len(self._scratch_slots) + len(self._jobs) == self._limits.fetches
+            assert len(self._scratch_slots) + len(self._jobs) == self.limits.fetches
 
 
 def _check_blocks(handle: Handle, facts: PeerFacts) -> None:
