@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 def run(config: WorkerConfig) -> ExitCode:
     """Runs the worker until it has left; call it from the main thread of a process that is the worker's own."""
     start_logging(config.log, config.worker_id)
+    try:
+        engine = build_engine(config.engine, config.engine_options)
+    except ValueError as error:
+        log.error("configuration: %s", error)
+        return ExitCode.BAD_CONFIG
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         stop = asyncio.Event()
         with _signals(runner.get_loop(), stop) as signals:
@@ -38,7 +43,7 @@ def run(config: WorkerConfig) -> ExitCode:
                 signals.end_hard_after(patience_s, code)
 
             try:
-                return runner.run(serve(config, build_engine(config.engine, config.engine_options), stop, ending))
+                return runner.run(serve(config, engine, stop, ending))
             except Exception:
                 log.exception("a fault ended the worker")
                 return ExitCode.FAULT
