@@ -24,13 +24,13 @@ async def engine() -> ScriptedEngine:
     return ScriptedEngine()
 
 
+Serving = tuple[RunningWorker, Link, ScriptedRouter]
+
+
 @asynccontextmanager
-async def serving(
-    engine: ScriptedEngine, **config: object
-) -> AsyncIterator[tuple[RunningWorker, Link, ScriptedRouter]]:
-    async with scripted_router() as router:
-        async with running_worker(worker_config(router.address, **config), engine) as worker:  # type: ignore[arg-type]
-            yield worker, await router.link(), router
+async def serving(engine: ScriptedEngine, **config: Any) -> AsyncIterator[Serving]:
+    async with scripted_router() as router, running_worker(worker_config(router.address, **config), engine) as worker:
+        yield worker, await router.link(), router
 
 
 async def drain_announced(worker: RunningWorker, link: Link) -> None:
