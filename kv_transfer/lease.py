@@ -312,7 +312,6 @@ class AlreadyUsed(Exception):
 @dataclass(slots=True, kw_only=True)
 class Transfer:
     staged_id: str
-    owner: str
     state: TransferState = TransferState.ROOM
     pages: tuple[int, ...] = ()
     story: list[str] = field(default_factory=list)
@@ -336,14 +335,14 @@ class TransferTable:
     def held_pages(self) -> int:
         return sum(len(transfer.pages) for transfer in self._transfers.values())
 
-    def begin(self, staged_id: str, owner: str, blocks: int) -> Transfer:
+    def begin(self, staged_id: str, blocks: int) -> Transfer:
         """A transfer in FETCHING with its pages, or in FULL without. Raises AlreadyUsed.
 
         A handle that met a full staging is not used up.
         """
         if staged_id in self._used or staged_id in self._transfers:
             raise AlreadyUsed(staged_id)
-        transfer = Transfer(staged_id=staged_id, owner=owner)
+        transfer = Transfer(staged_id=staged_id)
         pages = self.staging.take(blocks)
         if pages is None:
             self._step(transfer, TransferEvent.NONE)
@@ -365,7 +364,7 @@ class TransferTable:
             if quiesced:
                 self.staging.give_back(pages)
             else:
-                self.staging.quarantine(transfer.owner, pages)
+                self.staging.quarantine(transfer.staged_id, pages)
         return state
 
     def find(self, staged_id: str) -> Transfer | None:

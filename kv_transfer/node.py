@@ -6,8 +6,8 @@ the same transport, compare. Only an equal word makes the pages STAGED; everythi
 cycles are is in lease.py; this file runs them with threads, a clock and transports.
 
 Threads: `offer`, `take_ended` and the like return at once and are made for an engine's scheduler; `fetch` and `connect`
-block their caller. Inside there are the KvPeer server's threads and one that ends leases at their deadlines; idle, none
-of them runs.
+block their caller. Inside there are the KvPeer server's threads and one that keeps house (ends leases at their
+deadlines, pages' quarantine when a hung read is over); idle, none of them runs.
 
 The owner of the memory (arena, staging) must keep it mapped until `close` has returned.
 """
@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 #: Meetings with different peers run side by side, up to this many.
 _MEETINGS = 8
 _CLOSE_GRACE_S = 5.0
+_LOOK_AT_UNQUIET_S = 0.25
 
 
 class UnknownStaged(KeyError):
@@ -76,6 +77,14 @@ class _Peer:
 
 
 @dataclass(frozen=True, slots=True)
+class _Unquiet:
+    """A failed read that may still be writing."""
+
+    wire: _Wire
+    is_quiet: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     """One fetch under way."""
 
@@ -98,10 +107,12 @@ class KvNode:
         secret: bytes,
         transports: Sequence[Transport],
         host: str = "127.0.0.1",
+        port: int = 0,
         limits: NodeLimits | None = None,
         credentials: PeerCredentials | None = None,
     ) -> None:
-        """`transports` best first; they are the node's from here on. `incarnation` is new at every start."""
+        """`transports` best first; they are the node's from here on. `incarnation` is new at every start. `port` is the
+        KvPeer service's; 0 takes a free one."""
         if not secret:
             raise ValueError("a node needs the cluster's secret")
         if not transports:
@@ -114,6 +125,7 @@ class KvNode:
         self._layout_fields = MappingProxyType(layout.as_dict())
         self._secret = secret
         self._host = host
+        self._port = port
         self._credentials = credentials
         self.limits = limits or NodeLimits()
         self._wires = tuple(_Wire(transport, Turn()) for transport in transports)
@@ -134,14 +146,16 @@ class KvNode:
         self._transfer_bytes = 0
         self._releases_in_flight = 0
         self._releases_lost = 0
-        #: When the expiry thread will next look by itself.
-        self._expiry_looks_at = float("inf")
+        #: Reads whose pages are in quarantine, by their staged id. At most one per peer that hangs.
+        self._unquiet: dict[str, _Unquiet] = {}
+        #: When the housekeeping thread will next look by itself.
+        self._looks_at = float("inf")
         self._closed = False
 
         self._arena: ArenaMap | None = None
         self._server: PeerServer | None = None
         self._on_ended: Callable[[], None] | None = None
-        self._expiry: threading.Thread | None = None
+        self._housekeeper: threading.Thread | None = None
 
     # ------------------------------------------------------------------------------------------------ open and close
 
@@ -178,6 +192,7 @@ class KvNode:
             wire_.transport.register(regions)
         self._server = PeerServer(
             host=self._host,
+            port=self._port,
             secret=self._secret,
             facts=self._facts(arena_map),
             release=self._release_lease,
@@ -185,8 +200,8 @@ class KvNode:
             credentials=self._credentials,
             threads=self.limits.server_threads,
         )
-        self._expiry = threading.Thread(target=self._expire_leases, name=f"kv-expiry-{self.name}", daemon=True)
-        self._expiry.start()
+        self._housekeeper = threading.Thread(target=self._keep_house, name=f"kv-node-{self.name}", daemon=True)
+        self._housekeeper.start()
 
     def _facts(self, arena_map: ArenaMap) -> PeerFacts:
         return PeerFacts(
@@ -224,8 +239,8 @@ class KvNode:
                 log.error("%s: closing with %d fetches that do not stop", self.name, len(self._jobs))
         if self._server is not None:
             self._server.stop(0.5)
-        if self._expiry is not None:
-            self._expiry.join()
+        if self._housekeeper is not None:
+            self._housekeeper.join()
         for peer in self._known_peers():
             self._forget(peer)
         for wire_ in self._wires:
@@ -247,7 +262,7 @@ class KvNode:
                 raise RuntimeError("the node is closed")
             now = time.monotonic()
             lease = self._leases.offer(now, transfer_id, block_ids, tokens, ttl_s)
-            if lease.deadline < self._expiry_looks_at:
+            if lease.deadline < self._looks_at:
                 self._changed.notify_all()
         handle = Handle(
             transfer_id=transfer_id,
@@ -310,20 +325,38 @@ class KvNode:
             return False
         return True
 
-    def _expire_leases(self) -> None:
-        """The expiry thread: sleeps until the next deadline, so that a lease ends on time under an idle engine too."""
+    def _keep_house(self) -> None:
+        """The node's thread: sleeps until the next deadline, so that a lease ends on time under an idle engine too."""
         while True:
             with self._changed:
                 if self._closed:
                     return
                 now = time.monotonic()
                 expired = self._leases.expire(now)
+                unquiet = list(self._unquiet.items())
                 if not expired:
-                    deadline = self._leases.next_deadline()
-                    self._expiry_looks_at = float("inf") if deadline is None else deadline
-                    self._changed.wait(None if deadline is None else deadline - now)
+                    self._looks_at = self._next_look(now)
+                    self._changed.wait(None if self._looks_at == float("inf") else self._looks_at - now)
             if expired:
                 self._tell_ended()
+            for read, watched in unquiet:
+                self._end_quarantine(read, watched)
+
+    def _next_look(self, now: float) -> float:
+        deadline = self._leases.next_deadline()
+        look = float("inf") if deadline is None else deadline
+        return min(look, now + _LOOK_AT_UNQUIET_S) if self._unquiet else look
+
+    def _end_quarantine(self, read: str, watched: _Unquiet) -> None:
+        try:
+            with watched.wire.turn.hold(time.monotonic() + _LOOK_AT_UNQUIET_S):
+                if not watched.is_quiet():
+                    return
+        except ReadTimedOut:
+            return  # others are reading: look again later
+        with self._lock:
+            del self._unquiet[read]
+            self._transfers.staging.end_quarantine(read)
 
     def _tell_ended(self) -> None:
         if self._on_ended is not None:
@@ -422,7 +455,7 @@ class KvNode:
             if not self._scratch_slots:
                 raise FetchError(Outcome.FULL, f"{self.limits.fetches} fetches are under way")
             try:
-                transfer = self._transfers.begin(handle.staged_id, handle.owner, blocks)
+                transfer = self._transfers.begin(handle.staged_id, blocks)
             except AlreadyUsed as used:
                 raise FetchError(Outcome.REFUSED, f"the handle of {handle.transfer_id} was used before") from used
             if transfer.state is TransferState.FULL:
@@ -453,15 +486,11 @@ class KvNode:
             self._settle(job, TransferEvent.CANCEL)
             raise FetchError(Outcome.FAILED, "cancelled") from cancelled
         except TransportError as error:
-            self._settle(job, TransferEvent.LOST, quiesced=not isinstance(error, Unquiesced))
-            if peer is not None and isinstance(error, PeerGone | Unquiesced):
-                self._forget(peer)
+            self._lose(job, error, peer)
             raise FetchError(Outcome.FAILED, str(error)) from error
         except BaseException:
-            # A defect: nothing is known about what still writes where.
+            # A defect. Nothing is known of what still writes where, so the pages stay out of use for good.
             self._settle(job, TransferEvent.LOST, quiesced=False)
-            if peer is not None:
-                self._forget(peer)
             raise
         finally:
             if peer is not None:
@@ -475,6 +504,21 @@ class KvNode:
                 raise Cancelled
             self._transfers.apply(job.transfer, event, quiesced=quiesced)
 
+    def _lose(self, job: _Job, error: TransportError, peer: _Peer | None) -> None:
+        self._settle(job, TransferEvent.LOST, quiesced=not isinstance(error, Unquiesced))
+        if peer is None:
+            return
+        if isinstance(error, Unquiesced):
+            self._watch(job.transfer.staged_id, peer.wire, error)
+        if isinstance(error, PeerGone | Unquiesced):
+            self._forget(peer)
+
+    def _watch(self, read: str, wire_: _Wire, error: Unquiesced) -> None:
+        """Has the housekeeping thread end the quarantine of `read` when it is over."""
+        with self._changed:
+            self._unquiet[read] = _Unquiet(wire_, error.is_quiet)
+            self._changed.notify_all()
+
     def _read_blocks(self, peer: _Peer, handle: Handle, job: _Job) -> None:
         """The bytes, then the word. Raises FetchError(STALE) when the word is gone."""
         _check_blocks(handle, peer.facts)
@@ -483,6 +527,7 @@ class KvNode:
             for piece in pieces(segments, self.limits.piece_bytes):
                 job.cancel.check()
                 self._read(peer, piece, job.deadline)
+            job.cancel.check()
             with self._lock:
                 self._transfers.apply(job.transfer, TransferEvent.BYTES_IN)
             header = self._read_row(peer, handle.row, job.scratch_slot, job.deadline)
@@ -614,11 +659,9 @@ class KvNode:
             with wire_.turn.hold(deadline):
                 try:
                     transport.connect(facts.name, facts.incarnation, facts.transports[transport.name])
-                    speed = self._self_test(transport, facts, scratch_slot, deadline)
+                    speed = self._self_test(wire_, facts, scratch_slot, deadline)
                 except TransportError as error:
                     transport.disconnect(facts.name)
-                    with self._lock:
-                        self._transfers.staging.end_quarantine(facts.name)
                     failures.append(f"{transport.name}: {error}")
                     continue
                 lane = Lane(peer=facts.name, transport=transport.name, gigabytes_per_s=speed)
@@ -629,27 +672,31 @@ class KvNode:
                 return peer
         raise FetchError(Outcome.FAILED, f"{facts.name} can't be read: {'; '.join(failures)}")
 
-    def _self_test(self, transport: Transport, facts: PeerFacts, scratch_slot: int, deadline: float) -> float:
-        """Reads the peer's board and some of its arena, as every fetch will; GB/s, or 0 without staging room for it."""
-        self._row_header(transport, facts, 0, scratch_slot, deadline)
+    def _self_test(self, wire_: _Wire, facts: PeerFacts, scratch_slot: int, deadline: float) -> float:
+        """Reads the peer's board and some of its arena, as every fetch will; GB/s, or 0 without staging room for it.
+
+        The pages are a transfer's that is never confirmed.
+        """
+        self._row_header(wire_.transport, facts, 0, scratch_slot, deadline)
         wanted = -(-self.limits.self_test_bytes // self.layout.block_bytes)
+        name = f"self-test {facts.name} {facts.incarnation} {time.monotonic_ns()}"
         with self._lock:
             blocks = min(wanted, facts.arena.blocks, self._transfers.staging.free)
-            pages = self._transfers.staging.take(blocks) if blocks else None
-        if pages is None:
-            return 0.0
-        quiesced = True
+            transfer = self._transfers.begin(name, blocks)
         try:
-            return self._measure(transport, facts, pages, deadline)
-        except Unquiesced:
-            quiesced = False
-            raise
-        finally:
+            speed = self._measure(wire_.transport, facts, transfer.pages, deadline) if blocks else 0.0
+        except Unquiesced as error:
             with self._lock:
-                if quiesced:
-                    self._transfers.staging.give_back(pages)
-                else:
-                    self._transfers.staging.quarantine(facts.name, pages)
+                self._transfers.apply(transfer, TransferEvent.LOST, quiesced=False)
+            self._watch(name, wire_, error)
+            raise
+        except BaseException:
+            with self._lock:
+                self._transfers.apply(transfer, TransferEvent.LOST)
+            raise
+        with self._lock:
+            self._transfers.apply(transfer, TransferEvent.CANCEL)
+        return speed
 
     def _measure(self, transport: Transport, facts: PeerFacts, pages: Sequence[int], deadline: float) -> float:
         segments = block_segments(self.layout, facts.arena, range(len(pages)), pages)
@@ -662,7 +709,7 @@ class KvNode:
         return segments.nbytes / min(took_s) / 1e9
 
     def _forget(self, peer: _Peer) -> None:
-        """Disconnects a peer, unless it has been replaced meanwhile; its quarantine is over."""
+        """Disconnects a peer, unless it has been replaced meanwhile."""
         name = peer.facts.name
         with peer.wire.turn.hold():
             with self._lock:
@@ -670,8 +717,6 @@ class KvNode:
                     return
                 del self._peers[name]
             peer.wire.transport.disconnect(name)
-            with self._lock:
-                self._transfers.staging.end_quarantine(name)
         peer.client.close()
 
     def _forget_oldest(self) -> None:

@@ -53,6 +53,7 @@ class PeerServer:
         self,
         *,
         host: str,
+        port: int,
         secret: bytes,
         facts: PeerFacts,
         release: Callable[[Handle], bool],
@@ -64,9 +65,9 @@ class PeerServer:
         self._server = grpc.server(self._executor, options=_SERVER_OPTIONS)
         kv_pb2_grpc.add_KvPeerServicer_to_server(_Servicer(secret, facts, release, extend), self._server)
         if credentials is None:
-            port = self._server.add_insecure_port(f"{host}:0")
+            port = self._server.add_insecure_port(f"{host}:{port}")
         else:
-            port = self._server.add_secure_port(f"{host}:0", credentials.server)
+            port = self._server.add_secure_port(f"{host}:{port}", credentials.server)
         self.address = f"{host}:{port}"
         self._server.start()
 

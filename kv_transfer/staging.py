@@ -15,7 +15,7 @@ class Staging:
         self.pages = pages
         #: Free runs as (first page, length), ascending, never touching one another.
         self._runs: list[tuple[int, int]] = [(0, pages)] if pages else []
-        #: Pages not to be used before their peer is disconnected, by peer.
+        #: Pages not to be used before a read is known to be over, by that read's name.
         self._quarantine: dict[str, list[int]] = {}
 
     @property
@@ -69,12 +69,13 @@ class Staging:
             del self._runs[at - 1]
         insort(self._runs, (first, length))
 
-    def quarantine(self, peer: str, pages: Iterable[int]) -> None:
-        self._quarantine.setdefault(peer, []).extend(pages)
+    def quarantine(self, read: str, pages: Iterable[int]) -> None:
+        assert read not in self._quarantine, f"{read} has pages in quarantine already"
+        self._quarantine[read] = list(pages)
 
-    def end_quarantine(self, peer: str) -> None:
-        """After the transport has disconnected `peer`: nothing writes into its pages any more."""
-        self.give_back(self._quarantine.pop(peer, ()))
+    def end_quarantine(self, read: str) -> None:
+        """Nothing of this read writes any more."""
+        self.give_back(self._quarantine.pop(read, ()))
 
     def check_integrity(self, in_use: Iterable[int]) -> None:
         """Every page is free, in quarantine or in `in_use`, and in one of them only."""

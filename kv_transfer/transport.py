@@ -6,12 +6,12 @@ Python does nothing while its bytes are read. There are three regions: `arena`, 
 
 **Quiescence.** When `read` returns or raises, no byte of this read is written any more; the destination may be reused.
 A transport that cannot promise that for a failed read raises `Unquiesced`, and the caller keeps the destination
-out of use until the peer is disconnected.
+out of use until the exception's `is_quiet` says that the read is over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +36,15 @@ class ReadTimedOut(TransportError):
 
 
 class Unquiesced(TransportError):
-    """The read failed and may still be writing; the destination must not be reused until `disconnect` returns."""
+    """The read failed and may still be writing: the destination must not be reused before `is_quiet()` is true.
+
+    `is_quiet` does not wait. It is called like the transport's methods but `read`, also after `disconnect`: forgetting
+    a peer does not stop what it is sending. After `close` everything is quiet.
+    """
+
+    def __init__(self, message: str, is_quiet: Callable[[], bool]) -> None:
+        super().__init__(message)
+        self.is_quiet = is_quiet
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,9 @@ class Transport(Protocol):
         ...
 
     def disconnect(self, peer: str) -> None:
-        """Forgets a peer; afterwards nothing it sends can write here. Unknown peers are ignored."""
+        """Forgets a peer. Unknown peers are ignored."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends everything; afterwards nothing writes here any more."""
+        ...
