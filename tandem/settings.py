@@ -162,6 +162,15 @@ def from_assignments(
     return given, problems
 
 
+def from_flags(flags: Mapping[str, tuple[str, Any]], known: Mapping[str, Key]) -> tuple[dict[str, Given], list[str]]:
+    """What flags of their own set: key -> (flag, value)."""
+    given: dict[str, Given] = {}
+    problems: list[str] = []
+    for name, (flag, value) in flags.items():
+        _take(name, value, flag, known, given, problems)
+    return given, problems
+
+
 def _take(
     name: str, raw: Any, origin: str, known: Mapping[str, Key], given: dict[str, Given], problems: list[str]
 ) -> None:

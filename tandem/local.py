@@ -1,0 +1,187 @@
+"""A cluster on this machine: the supervisor's processes, and whether the router says that they serve."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+from tandem.client import AsyncClient
+from tandem.errors import TandemError
+from tandem.supervisor import (
+    ChildSpec,
+    Died,
+    Event,
+    GaveUp,
+    Left,
+    Outcome,
+    RestartPolicy,
+    Started,
+    Stopped,
+    Supervisor,
+)
+
+ROUTER = "router"
+
+#: How often the router is asked who is ready: while somebody is not, and while all are.
+_ASK_LOADING_S = 0.1
+_ASK_READY_S = 1.0
+
+
+class State(Enum):
+    WAITING = "waiting"
+    LOADING = "loading"
+    READY = "ready"
+    DEAD = "dead"
+    LEFT = "left"
+    GIVEN_UP = "given up"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A process serves, `took_s` after it was started."""
+
+    name: str
+    took_s: float
+    #: 1 for its first start.
+    attempt: int
+
+
+class Member:
+    """What is known of one process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state = State.WAITING
+        self.pid = 0
+        self.attempt = 0
+        #: When its state last changed, by the monotonic clock.
+        self.since = time.monotonic()
+        #: From its start to its being ready, the last time it was.
+        self.took_s = 0.0
+
+    def become(self, state: State) -> None:
+        self.state = state
+        self.since = time.monotonic()
+
+
+class LocalCluster:
+    """`run` once, in the event loop it is created in. Events are the supervisor's, and Ready."""
+
+    def __init__(
+        self,
+        specs: Sequence[ChildSpec],
+        policy: RestartPolicy,
+        address: str,
+        on_event: Callable[[Event | Ready], None],
+    ) -> None:
+        self.address = address
+        self.members = {spec.name: Member(spec.name) for spec in specs}
+        self._on_event = on_event
+        self._supervisor = Supervisor(specs, policy, self._on_supervisor_event)
+        self._all_ready = asyncio.Event()
+
+    async def run(self) -> Outcome:
+        asking = asyncio.create_task(self._ask(), name="ask who is ready")
+        try:
+            return await self._supervisor.run()
+        finally:
+            asking.cancel()
+            await asyncio.wait([asking])
+            if not asking.cancelled():
+                asking.result()
+
+    async def wait_ready(self) -> None:
+        """Until every process serves for the first time."""
+        await self._all_ready.wait()
+
+    def stop(self) -> None:
+        self._supervisor.stop()
+
+    def kill(self) -> None:
+        self._supervisor.kill()
+
+    def is_stopping(self) -> bool:
+        return self._supervisor.is_stopping()
+
+    def last_line(self, name: str) -> str:
+        return self._supervisor.last_line(name)
+
+    def _on_supervisor_event(self, event: Event) -> None:
+        member = self.members[event.name]
+        match event:
+            case Started():
+                member.pid, member.attempt = event.pid, event.attempt
+                member.become(State.LOADING)
+            case Died():
+                member.become(State.DEAD)
+            case Left():
+                member.become(State.LEFT)
+            case GaveUp():
+                member.become(State.GIVEN_UP)
+            case Stopped():
+                member.become(State.STOPPED)
+        self._on_event(event)
+
+    async def _ask(self) -> None:
+        async with AsyncClient(self.address) as client:
+            while not self.is_stopping():
+                try:
+                    status = await client.status(timeout_s=2.0)
+                except TandemError:
+                    pass  # starting, or dead: its process says which
+                else:
+                    self._became_ready(ROUTER)
+                    for worker in status.workers:
+                        member = self.members.get(worker.worker_id)
+                        # By pid, since a router may not have noticed yet that an earlier process is gone.
+                        if member is not None and worker.state == "ready" and worker.pid == member.pid:
+                            self._became_ready(worker.worker_id)
+                all_ready = all(member.state is State.READY for member in self.members.values())
+                await asyncio.sleep(_ASK_READY_S if all_ready else _ASK_LOADING_S)
+
+    def _became_ready(self, name: str) -> None:
+        member = self.members[name]
+        if member.state is not State.LOADING:
+            return
+        member.took_s = time.monotonic() - member.since
+        member.become(State.READY)
+        self._supervisor.mark_ready(name)
+        self._on_event(Ready(name=name, took_s=member.took_s, attempt=member.attempt))
+        if all(member.state is State.READY for member in self.members.values()):
+            self._all_ready.set()
+
+
+class PortTaken(Exception):
+    """Somebody listens there already."""
+
+
+def choose_port(host: str, port: int) -> int:
+    """`port` if it is free, any free one for 0. Raises PortTaken."""
+    for candidate in _candidates(host) if port == 0 else (port,):
+        if _is_free(host, candidate):
+            return candidate
+    raise PortTaken(f"{host}:{port} is in use" if port else f"no free port on {host}")
+
+
+def _candidates(host: str) -> Iterator[int]:
+    # Below the range that outgoing connections draw from, so that a restarted router finds its port still free.
+    start = 20_000 + time.monotonic_ns() % 10_000
+    return (20_000 + (start + step) % 10_000 for step in range(1_000))
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)  # SO_REUSEADDR alone would let two bind
+        except OSError:
+            return False
+    return True
