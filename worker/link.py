@@ -145,11 +145,7 @@ class RouterLink:
         interval_s = interval_s or _REPORT_INTERVAL_DEFAULT_S
         interval_s = min(max(interval_s, _REPORT_INTERVAL_MIN_S), _REPORT_INTERVAL_MAX_S)
         while True:
-            try:
-                await self._worker.report(outbox)
-            except Exception:
-                # A report that fails is left out. If the engine is dead, the process hears it from `wait_dead`.
-                log.exception("no load report")
+            await self._worker.report(outbox)
             await asyncio.sleep(interval_s)
 
 

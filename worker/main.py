@@ -10,10 +10,10 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import uvloop
 
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 
 def run(config: WorkerConfig) -> ExitCode:
-    """Runs the worker until it has left; call it from the main thread of a process that is the worker's own."""
+    """Runs the worker until it has left. Call it from the main thread of a process that is the worker's own: it keeps
+    the signals, so that the process can still be ended while the interpreter shuts down."""
     start_logging(config.log, config.worker_id)
     try:
         engine = build_engine(config.engine, config.engine_options)
@@ -35,18 +36,15 @@ def run(config: WorkerConfig) -> ExitCode:
         return ExitCode.BAD_CONFIG
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         stop = asyncio.Event()
-        with _signals(runner.get_loop(), stop) as signals:
-            # Links close, the engine stops, each within its own bound; what hangs beyond is ended hard.
-            patience_s = config.stop_timeout_s + 3 * config.link.close_timeout_s
-
-            def ending(code: ExitCode) -> None:
-                signals.end_hard_after(patience_s, code)
-
-            try:
-                return runner.run(serve(config, engine, stop, ending))
-            except Exception:
-                log.exception("a fault ended the worker")
-                return ExitCode.FAULT
+        signals = _Signals(runner.get_loop(), stop)
+        signals.take_over()
+        # Links close and the engine stops, each within its own bound; what hangs beyond is ended hard.
+        patience_s = config.stop_timeout_s + 3 * config.link.close_timeout_s
+        try:
+            return runner.run(serve(config, engine, stop, lambda code: signals.end_hard_after(patience_s, code)))
+        except Exception:
+            log.exception("a fault ended the worker")
+            return ExitCode.FAULT
 
 
 class _Signals:
@@ -56,38 +54,26 @@ class _Signals:
         self._asked = False
         self._code_hard = ExitCode.FAULT
 
-    def asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
-        if self._asked:
-            end_hard(128 + number)
-        self._asked = True
-        self._loop.call_soon_threadsafe(self._stop.set)
+    def take_over(self) -> None:
+        signal.signal(signal.SIGTERM, self._asked_to_stop)
+        signal.signal(signal.SIGINT, self._asked_to_stop)
+        signal.signal(signal.SIGALRM, self._out_of_patience)
 
     def end_hard_after(self, seconds: float, code: ExitCode) -> None:
         self._code_hard = code
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    def out_of_patience(self, _number: int, _frame: FrameType | None) -> None:
+    def _asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
+        if self._asked or self._loop.is_closed():
+            end_hard(128 + number)
+        self._asked = True
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _out_of_patience(self, _number: int, _frame: FrameType | None) -> None:
         end_hard(self._code_hard)
 
 
-@contextmanager
-def _signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> Iterator[_Signals]:
-    signals = _Signals(loop, stop)
-    handlers = {
-        signal.SIGTERM: signals.asked_to_stop,
-        signal.SIGINT: signals.asked_to_stop,
-        signal.SIGALRM: signals.out_of_patience,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield signals
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def end_hard(code: int) -> None:
+def end_hard(code: int) -> NoReturn:
     """Ends this process and all below it, now. Nothing is flushed or freed; peers learn it from broken connections."""
     for pid in descendants(os.getpid()):
         with suppress(ProcessLookupError):

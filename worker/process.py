@@ -68,8 +68,8 @@ async def serve(
 async def _loaded(engine: Engine, stop: asyncio.Event) -> EngineInfo | ExitCode:
     try:
         info = await first(engine.start(), _none(stop.wait()))
-    except Exception:
-        log.exception("the engine did not start")
+    except Exception as error:
+        log.exception("the engine did not start: %s", error)
         return ExitCode.ENGINE_DID_NOT_START
     if info is None:
         log.info("told to leave before the engine was ready")
@@ -143,12 +143,15 @@ async def _stop(engine: Engine, timeout_s: float) -> None:
 
 
 async def first(*coroutines: Coroutine[object, object, T]) -> T:
-    """The result of the one that ends first; the others are cancelled. Earlier ones win a tie."""
-    async with asyncio.TaskGroup() as scope:
-        tasks = [scope.create_task(coroutine) for coroutine in coroutines]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
+    """The result of the one that ends first, or what it raised; the others are cancelled. Earlier ones win a tie."""
+    try:
+        async with asyncio.TaskGroup() as scope:
+            tasks = [scope.create_task(coroutine) for coroutine in coroutines]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                task.cancel()
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
     return next(task.result() for task in tasks if not task.cancelled())
 
 

@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 
 from decode.service import DecodeOrder, DecodeService
-from engine.base import Engine, EngineInfo, EngineLoad, FailureKind
+from engine.base import Engine, EngineInfo, EngineLoad, FailureKind, LegError
 from prefill.service import PrefillOrder, PrefillService
 from worker import messages, wire
 from worker.config import Role, WorkerConfig
@@ -176,8 +176,14 @@ class WorkerService:
     async def drained(self) -> None:
         """Until no leg is open and no lease pinned."""
         await self._legs.empty()
-        while (await self.load()).leases_held:  # noqa: ASYNC110  the engine tells only when asked
+        while await self._holds_leases():  # noqa: ASYNC110  the engine tells only when asked
             await asyncio.sleep(_LEASE_CHECK_S)
+
+    async def _holds_leases(self) -> bool:
+        try:
+            return (await self.load()).leases_held > 0
+        except LegError:
+            return True  # a dying engine; the process hears of it from `wait_dead`
 
     def remains(self) -> str:
         legs = self._legs.count(Role.PREFILL) + self._legs.count(Role.DECODE)
@@ -194,8 +200,14 @@ class WorkerService:
         return self._load
 
     async def report(self, router: Outbox) -> None:
+        try:
+            load = await self.load()
+        except LegError as error:
+            # No report is what a router judges by, too.
+            log.warning("no load report: %s", error)
+            return
         router.load(
-            await self.load(),
+            load,
             prefill_running=self._legs.count(Role.PREFILL),
             decode_running=self._legs.count(Role.DECODE),
         )

@@ -66,7 +66,7 @@ async def test_load_is_reported_at_the_interval_the_router_asks() -> None:
 
 async def test_a_load_report_that_fails_is_left_out() -> None:
     async with linked() as at:
-        at.engine.failing["load"] = OSError("busy")
+        at.engine.failing["load"] = LegError(FailureKind.ENGINE, "dying")
         at.link.prefill("a/1/p")
         assert (await at.link.next()).HasField("prefill_done")
         del at.engine.failing["load"]

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from engine.base import FailureKind, LegError
 from protos import worker_link_pb2 as pb
 from tests.worker.running import RunningWorker, running_worker, worker_config
 from tests.worker.scripted_engine import ScriptedEngine
@@ -173,8 +174,11 @@ async def test_an_engine_that_dies_during_a_drain_is_noticed(engine: ScriptedEng
         link.decode("b/1/d")
         await engine.until("begun decode b/1/d")
         await drain_announced(worker, link)
+        engine.failing["load"] = LegError(FailureKind.ENGINE, "device lost")
+        engine.push("b/1/d", 5, end=True)
+        assert await link.outputs("b/1/d") == [5]
+        await asyncio.sleep(0.1)
         engine.die("device lost")
-        assert (await link.next()).leg_failed.failure == pb.FAILURE_ENGINE
         assert await worker.exit_code() is ExitCode.ENGINE_DIED
 
 
@@ -264,3 +268,11 @@ async def test_first_returns_the_first_and_cancels_the_rest() -> None:
 
     assert await first(run("slow", 60), run("fast", 0)) == "fast"
     assert ended == ["fast", "slow"]
+
+
+async def test_first_raises_what_the_first_raised() -> None:
+    async def fail() -> None:
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        await first(fail(), asyncio.sleep(60))

@@ -1,0 +1,238 @@
+"""Two workers with the simulated engine, real leases and real reads, and a router that does what the test says. The
+simulated engine's tokens follow from the KV bytes it reads back, so a token that is right came over the right bytes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from decode.admission import DecodeLimits
+from engine.base import EngineLoad
+from engine.sim import SimEngine
+from kv_transfer.inproc import InprocHub
+from prefill.admission import PrefillLimits
+from protos import worker_link_pb2 as pb
+from tests.worker.running import RunningWorker, running_worker, worker_config
+from tests.worker.scripted_router import Link, sampling, scripted_router
+from worker.config import Role, WorkerConfig
+from worker.process import ExitCode
+
+MODEL = Path(__file__).parents[2] / "models" / "tandem-nano"
+
+
+def sim_config(address: str, name: str, role: Role, **options: Any) -> WorkerConfig:
+    config = worker_config(
+        address,
+        name=name,
+        role=role,
+        prefill=PrefillLimits(running=16, queued=256, lease_ttl_s=5),
+        decode=DecodeLimits(legs=256, fetches=4, fetch_timeout_s=5),
+    )
+    engine_options = replace(
+        config.engine_options,
+        model=str(MODEL),
+        transports=("inproc",),
+        block_tokens=16,
+        kv_cache_bytes=8 << 20,
+        staging_bytes=2 << 20,
+        kv_bytes_per_token=64,
+    )
+    engine_options = replace(engine_options, **options)
+    return replace(config, engine="sim", engine_options=engine_options)
+
+
+@dataclass
+class Pair:
+    prefill: RunningWorker
+    decode: RunningWorker
+    p: Link
+    d: Link
+    engines: tuple[SimEngine, SimEngine]
+
+    async def hand_over(self, leg: str, prompt: list[int]) -> bytes:
+        self.p.prefill(f"{leg}/p", token_ids=prompt, hand_off=True, reader="d0", resample=True)
+        done = (await self.p.next()).prefill_done
+        assert done.leg_id == f"{leg}/p", done
+        return done.handle
+
+    async def decoded(self, leg: str, prompt: list[int], handle: bytes = b"") -> list[int]:
+        self.d.decode(
+            f"{leg}/d",
+            token_ids=prompt,
+            prompt_tokens=len(prompt),
+            handle=handle,
+            sampling=sampling(max_tokens=12, temperature=0.0, ignore_eos=True),
+        )
+        if handle:
+            fetched = (await self.d.next()).fetched
+            assert fetched.transport == "inproc"
+        return await self.d.outputs(f"{leg}/d")
+
+    async def at_rest(self) -> None:
+        """Nothing is open, pinned or staged, and every block is free, at both ends."""
+        for link in (self.p, self.d):
+            async with asyncio.timeout(10):
+                while True:
+                    load = await link.next_load()
+                    held = (
+                        load.prefill_running + load.decode_running,
+                        load.leases_held,
+                        load.leased_blocks,
+                        load.staged_pages,
+                        load.kv_blocks_total - load.kv_blocks_free,
+                    )
+                    if not any(held):
+                        break
+        for engine in self.engines:
+            engine.check_integrity(read_memory=True)
+
+
+@asynccontextmanager
+async def pair(**options: object) -> AsyncIterator[Pair]:
+    hub = InprocHub()
+    async with scripted_router() as router:
+        p0 = sim_config(router.address, "p0", Role.PREFILL, **options)
+        d0 = sim_config(router.address, "d0", Role.DECODE, **options)
+        engines = SimEngine(p0.engine_options, hub), SimEngine(d0.engine_options, hub)
+        async with running_worker(p0, engines[0]) as prefill, running_worker(d0, engines[1]) as decode:
+            links = {link.hello.worker_id: link for link in [await router.link(), await router.link()]}
+            yield Pair(prefill, decode, links["p0"], links["d0"], engines)
+
+
+async def test_peers_meet_before_the_first_request() -> None:
+    async with pair() as at:
+        at.d.send(peers=pb.Peers(peers=[pb.Peer(worker_id="p0", kv=at.p.hello.kv)]))
+        lane = (await at.d.next()).peer_lane
+        assert (lane.peer, lane.transport, lane.refusal) == ("p0", "inproc", "")
+
+
+async def test_peers_that_cannot_exchange_blocks_find_out_when_they_meet() -> None:
+    hub = InprocHub()
+    async with scripted_router() as router:
+        here = sim_config(router.address, "p0", Role.PREFILL)
+        there = sim_config(router.address, "d0", Role.DECODE)
+        there = replace(there, engine_options=replace(there.engine_options, block_tokens=32))
+        async with (
+            running_worker(here, SimEngine(here.engine_options, hub)),
+            running_worker(there, SimEngine(there.engine_options, hub)),
+        ):
+            links = {link.hello.worker_id: link for link in [await router.link(), await router.link()]}
+            links["d0"].send(peers=pb.Peers(peers=[pb.Peer(worker_id="p0", kv=links["p0"].hello.kv)]))
+            lane = (await links["d0"].next()).peer_lane
+            assert "block_tokens: 32 here, 16 there" in lane.refusal
+
+
+async def test_handed_over_and_computed_here_give_the_same_tokens() -> None:
+    random = Random(7)
+    async with pair() as at:
+        for n in range(20):
+            prompt = [random.randrange(3, 400) for _ in range(random.randint(1, 200))]
+            alone = await at.decoded(f"alone-{n}/1", prompt)
+            handle = await at.hand_over(f"pair-{n}/1", prompt)
+            assert await at.decoded(f"pair-{n}/1", prompt, handle) == alone
+        await at.at_rest()
+
+
+async def test_a_handle_serves_once() -> None:
+    async with pair() as at:
+        handle = await at.hand_over("a/1", [5] * 40)
+        await at.decoded("a/1", [5] * 40, handle)
+        at.d.decode("a/2/d", token_ids=[5] * 40, prompt_tokens=40, handle=handle)
+        assert (await at.d.next()).leg_failed.failure == pb.FAILURE_INVALID
+        await at.at_rest()
+
+
+async def test_a_lease_that_ended_is_a_failed_transfer_and_no_wrong_token() -> None:
+    async with pair() as at:
+        handle = await at.hand_over("a/1", [5] * 40)
+        at.p.send(release=pb.ReleaseLease(handle=handle))
+        await at.at_rest()
+        at.d.decode("a/1/d", token_ids=[5] * 40, prompt_tokens=40, handle=handle)
+        assert (await at.d.next()).leg_failed.failure == pb.FAILURE_TRANSFER
+        await at.at_rest()
+
+
+async def test_nothing_is_left_of_two_hundred_requests_cancelled_anywhere() -> None:
+    """Each leg is cancelled at a random moment of its life, or runs to its end."""
+    random = Random(11)
+    async with pair(max_running=8) as at:
+        orders: dict[str, list[int]] = {}
+        for n in range(200):
+            orders[f"{n}/1"] = [random.randrange(3, 400) for _ in range(random.randint(1, 300))]
+        cancelled: set[str] = set()
+
+        def cancel(link: Link, leg: str) -> None:
+            link.cancel(leg)
+            cancelled.add(leg)
+
+        for leg, prompt in orders.items():
+            at.p.prefill(f"{leg}/p", token_ids=prompt, hand_off=True, reader="d0", resample=True)
+            if random.random() < 0.3:
+                cancel(at.p, f"{leg}/p")
+            if random.random() < 0.3:
+                await asyncio.sleep(random.choice([0, 0.001]))
+        await at.p.settled()
+        handles = {
+            message.prefill_done.leg_id.removesuffix("/p"): message.prefill_done.handle
+            for message in at.p.received
+            if message.HasField("prefill_done")
+        }
+        for leg, handle in handles.items():
+            if f"{leg}/p" in cancelled:
+                continue
+            at.d.decode(f"{leg}/d", token_ids=orders[leg], prompt_tokens=len(orders[leg]), handle=handle)
+            if random.random() < 0.5:
+                await asyncio.sleep(random.choice([0, 0.001, 0.003]))
+                cancel(at.d, f"{leg}/d")
+                at.p.send(release=pb.ReleaseLease(handle=handle))  # as a router does: the fetch may not have begun
+        await at.at_rest()
+        legs = [f"{leg}/p" for leg in orders] + [f"{leg}/d" for leg in handles]
+        for leg in legs:
+            ends = at.p.terminals(leg) + at.d.terminals(leg)
+            # A cancel may come after the end.
+            assert ends <= 1 if leg in cancelled or leg.removesuffix("d") + "p" in cancelled else ends == 1, leg
+        assert sum(at.d.terminals(f"{leg}/d") for leg in handles) > 20
+
+
+async def test_a_draining_prefill_worker_waits_for_the_reader_of_its_blocks() -> None:
+    async with pair() as at:
+        handle = await at.hand_over("a/1", [5] * 40)
+        at.prefill.stop.set()
+        assert (await at.p.next()).HasField("draining")
+        alone = await at.decoded("alone/1", [5] * 40)
+        assert not at.prefill.task.done()
+        assert await at.decoded("a/1", [5] * 40, handle) == alone
+        assert await at.prefill.exit_code() is ExitCode.LEFT
+
+
+async def test_a_draining_prefill_worker_does_not_wait_past_the_lease() -> None:
+    async with pair() as at:
+        at.p.prefill("a/1/p", token_ids=[5] * 40, hand_off=True, reader="d0", timeout_s=0.3)
+        assert (await at.p.next()).HasField("prefill_done")
+        at.prefill.stop.set()
+        assert await at.prefill.exit_code() is ExitCode.LEFT
+
+
+async def test_a_lost_router_frees_every_block() -> None:
+    async with pair(speedup=1.0) as at:
+        handles = [await at.hand_over(f"{n}/1", [n + 5] * 100) for n in range(4)]
+        for n in range(2):
+            at.d.decode(f"{n}/1/d", token_ids=[n + 5] * 100, prompt_tokens=100, handle=handles[n], sampling=LONG)
+        while {str((await at.d.next()).WhichOneof("message")) for _ in range(3)} != {"step"}:
+            pass
+        for link in (at.p, at.d):
+            link.close()
+        async with asyncio.timeout(10):
+            for engine in at.engines:
+                while holds_blocks(await engine.load()):  # noqa: ASYNC110  it tells only when asked
+                    await asyncio.sleep(0.01)
+
+
+def holds_blocks(load: EngineLoad) -> bool:
+    return load.kv_blocks_free < load.kv_blocks_total or load.leases_held > 0
+
+
+LONG = sampling(max_tokens=3000, ignore_eos=True)
