@@ -31,8 +31,11 @@ class ArenaMap:
         """Names why this map can't be right for an arena of that size; empty when it can."""
         if self.blocks < 1 or self.offset < 0 or self.block_stride < layout.segment_bytes:
             return f"{self} for segments of {layout.segment_bytes} bytes"
-        if layout.segments_per_block > 1 and self.segment_stride < layout.segment_bytes:
-            return f"segment_stride {self.segment_stride} is less than a segment ({layout.segment_bytes} bytes)"
+        of_one_block = (layout.segments_per_block - 1) * self.segment_stride + layout.segment_bytes
+        of_one_segment = (self.blocks - 1) * self.block_stride + layout.segment_bytes
+        nested = self.block_stride >= of_one_block or self.segment_stride >= of_one_segment
+        if layout.segments_per_block > 1 and (self.segment_stride < layout.segment_bytes or not nested):
+            return f"{self}: {layout.segments_per_block} segments of {layout.segment_bytes} bytes overlap"
         if self.end(layout) > arena_bytes:
             return f"{self.blocks} blocks end at byte {self.end(layout)} of an arena of {arena_bytes} bytes"
         return ""
