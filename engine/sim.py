@@ -91,6 +91,7 @@ class SimEngine:
             loop.call_soon_threadsafe(self._woken.set)
 
         started = self._state = await asyncio.to_thread(_start, self._options, self._hub, wake)
+        started.step_end = loop.time()
         self._dead_reason = ""
         self._steps = asyncio.create_task(self._run(started), name=f"sim-steps-{self._options.name}")
         return started.info
@@ -203,7 +204,8 @@ class SimEngine:
         loop = asyncio.get_running_loop()
         started.core.add_prefill(loop.time(), leg)
         self._woken.set()
-        future = self._prefills[leg.leg_id] = loop.create_future()
+        future: asyncio.Future[PrefillResult] = loop.create_future()
+        self._prefills[leg.leg_id] = future
         try:
             return await future
         except asyncio.CancelledError:

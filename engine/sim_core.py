@@ -108,7 +108,6 @@ class Sequence:
     computed: int = 0
     published_blocks: int = 0
     generated: int = 0
-    last_token: int = 0
     #: Zero unless staged memory was not what its tokens make.
     taint: int = 0
     cached_tokens: int = 0
@@ -257,7 +256,6 @@ class SimCore:
             staged=staged,
             digest_root=root_digest(leg.cache_salt),
             stop_token_ids=frozenset(sampling.stop_token_ids),
-            last_token=leg.token_ids[-1],
         )
         self._sequences[leg.leg_id] = sequence
         self._waiting.append(sequence)
@@ -436,7 +434,7 @@ class SimCore:
         rows = np.array([sequence.row for sequence in sequences])
         positions = np.array([sequence.computed for sequence in sequences])
         before = self._memory.read_each(*self._place(rows, positions - 1))
-        values = self._chain.next(before, np.array([sequence.last_token for sequence in sequences]))
+        values = self._chain.next(before, np.array([s.tokens.item(s.computed) for s in sequences]))
         self._memory.write_each(*self._place(rows, positions), values)
 
     def _place(
@@ -517,7 +515,7 @@ class SimCore:
         sequence.generated += 1
         leg_id = sequence.leg.leg_id
         if reason is None:
-            sequence.tokens[sequence.length] = sequence.last_token = token
+            sequence.tokens[sequence.length] = token
             sequence.length += 1
         else:
             del self._sequences[leg_id]

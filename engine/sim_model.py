@@ -30,8 +30,9 @@ class SimModel:
     @property
     def usable_tokens(self) -> NDArray[np.uint32]:
         """What may be sampled, in order; everything when a vocabulary is all special."""
-        usable = sorted(set(range(self.info.vocab_size)) - self.special_tokens)
-        return np.array(usable or range(self.info.vocab_size), dtype=np.uint32)
+        everything = np.arange(self.info.vocab_size, dtype=np.uint32)
+        usable = np.setdiff1d(everything, np.array(sorted(self.special_tokens), dtype=np.uint32))
+        return usable if len(usable) else everything
 
 
 def read_model(options: EngineOptions) -> SimModel:
@@ -99,7 +100,7 @@ def _size(config: Mapping[str, object], key: str, directory: Path, default: int 
 
 def _token_ids(value: object) -> set[int]:
     """Configurations hold one id, a list of ids, or nothing."""
-    return {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
+    return {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int) and token >= 0}
 
 
 def _added_special_tokens(tokenizer_config: Mapping[str, object]) -> set[int]:
