@@ -1,0 +1,127 @@
+"""Text in, text out: tokenizing, detokenizing as tokens come, stop strings. The only place that knows text.
+
+Two promises about a stream. Its pieces, joined, are the text of the whole answer, up to the stop string if one matched. And no piece
+ends in half a character: bytes that do not make a character yet are held until they do or the answer ends.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class ModelText:
+    """A model's tokenizer. Encoding releases the GIL, so long prompts belong on a thread."""
+
+    def __init__(self, model_dir: Path) -> None:
+        """Raises ValueError when the folder has no readable tokenizer.json."""
+        path = model_dir / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every fault
+            raise ValueError(f"model_dir: {path} is not a readable tokenizer: {error}") from error
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def chat_template(self, model_dir: Path) -> str | None:
+        """The model's own Jinja template, if it ships one."""
+        alone = model_dir / "chat_template.jinja"
+        if alone.is_file():
+            return alone.read_text(encoding="utf-8")
+        config = model_dir / "tokenizer_config.json"
+        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+        return template if isinstance(template, str) else None
+
+
+class Piece(NamedTuple):
+    text: str
+    #: The stop string that ended the answer; feed nothing after it.
+    stop: str | None = None
+    #: Tokens fed up to and including the one that completed the stop string.
+    tokens: int = 0
+
+
+class StopMatcher:
+    """Finds the first of several strings in text that comes in pieces, and gives out nothing of it."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        assert all(stops)
+        self._stops = stops
+        #: The longest end of what came so far that could begin a stop string.
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """What may be given out, and the stop string once one is complete.
+
+        Of several that match, the one that begins first wins; of those that begin together, the longest.
+        """
+        text = self._held + text
+        matches = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        if matches:
+            at, _, stop = min(matches)
+            self._held = ""
+            return text[:at], stop
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0
+
+
+class TextStream:
+    """One answer's tokens, as text."""
+
+    def __init__(self, text: ModelText, stops: tuple[str, ...] = ()) -> None:
+        self._text = text
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._matcher = StopMatcher(stops) if stops else None
+        #: Every token fed, and how many characters of their text were decoded so far.
+        self._token_ids: list[int] = []
+        self._characters = 0
+
+    def feed(self, token_ids: tuple[int, ...]) -> Piece:
+        """With stop strings, tokens are taken one at a time, to know which one completed a match."""
+        if self._matcher is None:
+            return Piece(self._decode(token_ids))
+        out = []
+        for number, token_id in enumerate(token_ids, 1):
+            text, stop = self._matcher.feed(self._decode((token_id,)))
+            out.append(text)
+            if stop is not None:
+                return Piece("".join(out), stop, number)
+        return Piece("".join(out))
+
+    def finish(self) -> Piece:
+        """What was held back: half characters, as the tokenizer shows them, and beginnings of stop strings."""
+        whole = self._text.decode(tuple(self._token_ids))
+        rest = whole[self._characters :]
+        if self._matcher is None:
+            return Piece(rest)
+        text, stop = self._matcher.feed(rest)
+        return Piece(text, stop) if stop is not None else Piece(text + self._matcher.flush())
+
+    def _decode(self, token_ids: tuple[int, ...]) -> str:
+        self._token_ids.extend(token_ids)
+        text = self._stream.step(self._text.tokenizer, list(token_ids)) or ""
+        self._characters += len(text)
+        return text
