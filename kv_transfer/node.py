@@ -247,6 +247,11 @@ class KvNode:
             with wire_.turn.hold():
                 wire_.transport.close()
 
+    @property
+    def closed(self) -> bool:
+        """True from the moment that `close` is called."""
+        return self._closed
+
     # ------------------------------------------------------------------------------------------------------ the owner
 
     def offer(
@@ -367,8 +372,8 @@ class KvNode:
     def fetch(self, handle: bytes, timeout_s: float, cancel: Cancel | None = None) -> Fetched:
         """Reads a handle's blocks into staging and confirms that the lease held to the end. Raises FetchError.
 
-        The lease is then ended at its owner, whatever the outcome, without waiting for it; not so for REFUSED and FULL,
-        which leave it standing. Ends early when `cancel` is set, or `discard` is called with the handle's staged id.
+        Once the owner has been met, its lease is ended there without waiting for it, whatever the outcome; before that
+        (most REFUSED, all FULL) it stands. Ends early when `cancel` is set, or `discard` is called with the staged id.
         """
         began = time.monotonic()
         try:
@@ -474,6 +479,7 @@ class KvNode:
     def _fetch(self, handle: Handle, raw: bytes, job: _Job) -> _Peer:
         """FETCHING to STAGED. Ended otherwise, it has given its pages back and raises FetchError."""
         peer: _Peer | None = None
+        broken = False
         try:
             peer = self._meet(handle.owner, handle.owner_address, handle.owner_incarnation, job.deadline, job.cancel)
             self._read_blocks(peer, handle, job)
@@ -486,7 +492,10 @@ class KvNode:
             self._settle(job, TransferEvent.CANCEL)
             raise FetchError(Outcome.FAILED, "cancelled") from cancelled
         except TransportError as error:
-            self._lose(job, error, peer)
+            broken = isinstance(error, PeerGone | Unquiesced)
+            self._settle(job, TransferEvent.LOST, quiesced=not isinstance(error, Unquiesced))
+            if peer is not None and isinstance(error, Unquiesced):
+                self._watch(job.transfer.staged_id, peer.wire, error)
             raise FetchError(Outcome.FAILED, str(error)) from error
         except BaseException:
             # A defect. Nothing is known of what still writes where, so the pages stay out of use for good.
@@ -495,6 +504,8 @@ class KvNode:
         finally:
             if peer is not None:
                 self._tell_owner(peer, raw)
+                if broken:
+                    self._forget(peer)
         return peer
 
     def _settle(self, job: _Job, event: TransferEvent, *, quiesced: bool = True) -> None:
@@ -503,15 +514,6 @@ class KvNode:
             if event is TransferEvent.WORD_HELD and (job.cancel.is_set() or self._closed):
                 raise Cancelled
             self._transfers.apply(job.transfer, event, quiesced=quiesced)
-
-    def _lose(self, job: _Job, error: TransportError, peer: _Peer | None) -> None:
-        self._settle(job, TransferEvent.LOST, quiesced=not isinstance(error, Unquiesced))
-        if peer is None:
-            return
-        if isinstance(error, Unquiesced):
-            self._watch(job.transfer.staged_id, peer.wire, error)
-        if isinstance(error, PeerGone | Unquiesced):
-            self._forget(peer)
 
     def _watch(self, read: str, wire_: _Wire, error: Unquiesced) -> None:
         """Has the housekeeping thread end the quarantine of `read` when it is over."""

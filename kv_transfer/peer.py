@@ -142,14 +142,6 @@ class PeerClient:
             raise PeerRefused(f"{self._address}: the answer's MAC is wrong: made with another cluster's secret")
         return facts
 
-    def extend(self, handle: bytes, ttl_s: float, timeout_s: float) -> bool:
-        """False when the lease has ended. Raises PeerUnreachable."""
-        request = kv_pb2.ExtendRequest(handle=kv_pb2.KvHandle.FromString(handle), ttl_s=ttl_s)
-        try:
-            return self._stub.Extend(request, timeout=timeout_s).held
-        except grpc.RpcError as error:
-            raise PeerUnreachable(f"{self._address}: {error.details()}") from error
-
     def release(self, handle: bytes, timeout_s: float, done: Callable[[bool], None]) -> None:
         """Sends and returns; `done` is told, from another thread, whether the owner got it."""
         request = kv_pb2.ReleaseRequest(handle=kv_pb2.KvHandle.FromString(handle))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -87,7 +88,7 @@ def test_a_mac_for_one_purpose_is_no_good_for_another():
     assert sign(SECRET, "a", b"xy", b"z") != sign(SECRET, "a", b"x", b"yz")
 
 
-GOOD = {"reader": "decode-1", "model": "m", "layout_digest": "d" * 32, "block_tokens": 16}
+GOOD: dict[str, Any] = {"reader": "decode-1", "model": "m", "layout_digest": "d" * 32, "block_tokens": 16}
 
 
 @pytest.mark.parametrize(

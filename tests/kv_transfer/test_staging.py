@@ -11,13 +11,15 @@ from kv_transfer.staging import Staging
 
 @given(st.integers(0, 24), st.data())
 def test_pages_are_free_or_in_use_never_both_and_never_lost(pages, data):
-    staging, taken, held = Staging(pages), [], []
+    staging = Staging(pages)
+    taken: list[tuple[int, ...]] = []
+    held: list[tuple[str, tuple[int, ...]]] = []
     for step in range(data.draw(st.integers(0, 30))):
         action = data.draw(st.sampled_from(["take", "give", "quarantine", "end"]))
         if action == "take":
             count = data.draw(st.integers(1, 8))
             got = staging.take(count)
-            assert (got is None) == (count > pages - sum(map(len, taken)) - sum(len(p) for _, p in held))
+            assert (got is None) == (count > pages - sum(len(p) for p in taken) - sum(len(p) for _, p in held))
             if got is not None:
                 assert len(set(got)) == count
                 taken.append(got)
