@@ -174,13 +174,13 @@ class NixlTransport:
         try:
             ended = self._wait(transfer, peer, deadline)
         except TransportError:
-            transfer.release()
+            _release(transfer)
             raise
         if not ended:
             hung = _Hung(transfer, remote)
             self._hung.add(hung)
             raise Unquiesced(f"the read from {peer} hangs", lambda: self._has_ended(hung))
-        transfer.release()
+        _release(transfer)
         if time.monotonic() > deadline:
             raise ReadTimedOut(f"the read from {peer} ended after its deadline")
 
@@ -233,7 +233,7 @@ class NixlTransport:
         return True
 
     def _drop(self, hung: _Hung) -> None:
-        hung.transfer.release()
+        _release(hung.transfer)
         hung.transfer = None
         self._hung.remove(hung)
 
@@ -261,7 +261,15 @@ class NixlTransport:
         for peer in list(self._peers):
             self.disconnect(peer)
         self._remotes.clear()
-        self._agent = None
+        if self._agent is not None:
+            self._agent.agent = None  # the last reference, see `_release`
+            self._agent = None
+
+
+def _release(transfer: Any) -> None:
+    """Also takes the agent from the handle, which a traceback may keep: `close` must be what destroys the agent."""
+    transfer.release()
+    transfer._agent = None
 
 
 def _load() -> Any:

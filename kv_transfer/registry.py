@@ -37,6 +37,7 @@ def _make(name: str, host: str, hub: InprocHub | None) -> Transport:
 def _make_nixl(host: str) -> Transport:
     try:
         from kv_transfer.nixl import NixlTransport
+
+        return NixlTransport(host)
     except ImportError as error:
         raise TransportUnavailable(f'transport "nixl" needs the package nixl-cu12 ({error})') from error
-    return NixlTransport(host)

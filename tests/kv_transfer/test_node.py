@@ -85,7 +85,7 @@ def test_a_forged_handle_moves_nothing(world: World) -> None:
     message.row += 1
     with pytest.raises(grpc.RpcError) as raised:
         _extend(owner.node.address, message.SerializeToString(), 1.0)
-    assert raised.value.code() is grpc.StatusCode.PERMISSION_DENIED  # type: ignore[attr-defined]
+    assert raised.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert owner.node.stats().leases_held == 1
 
 
