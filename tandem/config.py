@@ -15,16 +15,20 @@ them wins. Everything wrong is reported at once.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Literal, TypeVar
 
 from engine.base import EngineOptions
+from router.config import RouterConfig
 from tandem import settings
 from tandem.settings import ConfigError, Given, Key
 from tandem.supervisor import RestartPolicy
 from worker.config import Role, WorkerConfig
+
+T = TypeVar("T")
 
 SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tandem-nano"
 
@@ -34,11 +38,15 @@ ADDRESS_VARIABLE = "TANDEM_ADDRESS"
 STATE_DIR_VARIABLE = "TANDEM_STATE_DIR"
 OTHER_VARIABLES = (CONFIG_FILE_VARIABLE, ADDRESS_VARIABLE, STATE_DIR_VARIABLE)
 
-#: What the supervisor decides for each worker, rather than the user for all of them.
+#: What is decided for each process, rather than by the user for all of them.
+_ROUTER_FIXED = ("model_dir", "model_name")
 _WORKER_FIXED = ("role", "routers", "engine", "engine_options")
 _ENGINE_FIXED = ("name", "model", "served_model_name", "cluster_secret")
 
 _WORKERS_MAX = 64
+
+#: Where a cluster on one machine has another default than its processes: somebody waits for Ctrl-C to be done.
+_LOCAL_DEFAULTS = {"router.shutdown_grace_s": Given(10.0, "default of tandem up")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +76,12 @@ class ClusterConfig:
         ]
         if not self.model.is_dir():
             found.append(f"model: {self.model} is not a folder; it must be a Hugging Face model directory")
-        elif not (self.model / "config.json").is_file():
-            found.append(f"model: {self.model} has no config.json; it must be a Hugging Face model directory")
+        else:
+            found += [
+                f"model: {self.model} has no {name}; it must be a Hugging Face model directory"
+                for name in ("config.json", "tokenizer.json")
+                if not (self.model / name).is_file()
+            ]
         if self.engine == "vllm" and not has_vllm():
             found.append("engine: vLLM is not installed here; install it (see README.md) or take engine sim")
         if self.secret_file is not None and not self.secret_file.is_file():
@@ -85,6 +97,181 @@ class ClusterConfig:
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model.resolve().name
+
+
+#: Sizes an engine cannot do without, or that are surely a slip; inclusive.
+_ENGINE_RANGES: Mapping[str, tuple[float, float]] = {
+    "block_tokens": (1, 1024),
+    "kv_cache_bytes": (1 << 20, 1 << 50),
+    "staging_bytes": (1 << 16, 1 << 50),
+    "max_running": (1, 65_536),
+    "max_batched_tokens": (1, 1 << 20),
+    "max_model_len": (2, 1 << 24),
+    "seed": (0, 2**63 - 1),
+    "speedup": (0.0, 1e6),
+    "kv_bytes_per_token": (1, 1 << 24),
+}
+
+
+def _keys() -> Iterator[Key]:
+    yield from settings.keys(ClusterConfig, "cluster")
+    yield from settings.keys(RouterConfig, "router", skip=_ROUTER_FIXED)
+    yield from settings.keys(WorkerConfig, "worker", skip=_WORKER_FIXED)
+    yield from settings.keys(EngineOptions, "engine", skip=_ENGINE_FIXED)
+    yield from settings.keys(RestartPolicy, "supervisor")
+
+
+#: Everything that can be set, by its name in the file.
+KEYS: Mapping[str, Key] = {key.name: key for key in _keys()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration, valid."""
+
+    cluster: ClusterConfig
+    router: RouterConfig
+    supervisor: RestartPolicy
+    #: What somebody set, by key, and where.
+    given: Mapping[str, Given]
+
+    def worker(self, *, worker_id: str, role: Role, routers: tuple[str, ...], secret: bytes) -> WorkerConfig:
+        """What one worker is told."""
+        return _worker(self.given, self.cluster, worker_id=worker_id, role=role, routers=routers, secret=secret)
+
+    def as_toml(self) -> str:
+        """The configuration in force as a file that can be loaded again, each value with its origin."""
+        lines: list[str] = []
+        section = ""
+        for key in KEYS.values():
+            prefix, _, name = key.name.rpartition(".")
+            if prefix != section:
+                section = prefix
+                lines += ["", f"[{section}]"]
+            found = self.given.get(key.name, Given(key.default, "default"))
+            setting = f"# {name} = " if found.value is None else f"{name} = {settings.to_toml(found.value)}"
+            lines.append(f"{setting:<48}  # {found.origin}")
+        return "\n".join(lines[1:]) + "\n"
+
+
+def load(
+    file: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, tuple[str, object]] = MappingProxyType({}),
+    assignments: Collection[str] = (),
+) -> Config:
+    """`flags` maps keys to the flag that sets them and its value; `assignments` are `KEY=VALUE`. Raises ConfigError
+    with everything that is wrong."""
+    given = dict(_LOCAL_DEFAULTS)
+    problems: list[str] = []
+    for values, wrong in (
+        settings.from_file(file, KEYS) if file is not None else ({}, []),
+        settings.from_environment(environ, KEYS, OTHER_VARIABLES),
+        settings.from_flags(flags, KEYS),
+        settings.from_assignments(assignments, "--set", KEYS),
+    ):
+        given |= values
+        problems += wrong
+    if problems:
+        raise ConfigError(problems)
+    return _checked(given)
+
+
+def _checked(given: Mapping[str, Given]) -> Config:
+    problems = [settings.locate(problem, given) for problem in _engine_problems(given)]
+
+    def valid(build: Callable[[], T]) -> T | None:
+        try:
+            return build()
+        except ConfigError as error:
+            problems.extend(error.problems)
+            return None
+
+    cluster = valid(lambda: settings.build(ClusterConfig, "cluster", given))
+    # What is wrong with the cluster's section is no reason to be silent about the others.
+    standing_in = cluster or ClusterConfig(engine="sim")
+    router = valid(lambda: _router(given, standing_in))
+    supervisor = valid(lambda: settings.build(RestartPolicy, "supervisor", given))
+    # A worker of both roles breaks every rule that one of either would.
+    worker = valid(
+        lambda: _worker(
+            given, standing_in, worker_id="any", role=Role.BOTH, routers=("localhost:1",), secret=b"any secret"
+        )
+    )
+    if cluster and router and supervisor and worker and not problems:
+        problems += [settings.locate(line, given) for line in _relations(cluster, router, worker, supervisor)]
+        if not problems:
+            return Config(cluster=cluster, router=router, supervisor=supervisor, given=given)
+    raise ConfigError(problems)
+
+
+def _engine_problems(given: Mapping[str, Given]) -> list[str]:
+    return [
+        f"engine.{name}: must be from {low:,} to {high:,}, is {given[key].value}"
+        for name, (low, high) in _ENGINE_RANGES.items()
+        if (key := f"engine.{name}") in given and given[key].value is not None and not low <= given[key].value <= high
+    ]
+
+
+def _relations(
+    cluster: ClusterConfig, router: RouterConfig, worker: WorkerConfig, supervisor: RestartPolicy
+) -> list[str]:
+    """What is wrong between sections."""
+    found = []
+    options = worker.engine_options
+    if options.staging_bytes > options.kv_cache_bytes:
+        found.append(
+            f"engine.staging_bytes: {options.staging_bytes:,} is more than "
+            f"engine.kv_cache_bytes: {options.kv_cache_bytes:,}; what is staged could never be decoded at once"
+        )
+    if worker.decode.legs > options.max_running:
+        found.append(
+            f"worker.decode.legs: {worker.decode.legs} is more than engine.max_running: {options.max_running}; "
+            "the surplus would hold KV blocks and wait"
+        )
+    if router.shutdown_grace_s >= supervisor.stop_grace_s:
+        found.append(
+            f"router.shutdown_grace_s: {router.shutdown_grace_s:g} is not less than "
+            f"supervisor.stop_grace_s: {supervisor.stop_grace_s:g}; the router would be killed while it finishes"
+        )
+    workers = cluster.prefill_workers + cluster.decode_workers
+    for name, address in (("health_address", worker.health_address), ("metrics_address", worker.metrics_address)):
+        if address and not address.endswith(":0") and workers > 1:
+            found.append(f"worker.{name}: {address} cannot serve {workers} workers on one machine; use port 0")
+    return found
+
+
+def _router(given: Mapping[str, Given], cluster: ClusterConfig) -> RouterConfig:
+    fixed = {"model_dir": str(cluster.model.resolve()), "model_name": cluster.model_name}
+    return settings.build(RouterConfig, "router", given, fixed)
+
+
+def _worker(
+    given: Mapping[str, Given],
+    cluster: ClusterConfig,
+    *,
+    worker_id: str,
+    role: Role,
+    routers: tuple[str, ...],
+    secret: bytes,
+) -> WorkerConfig:
+    options = settings.build(
+        EngineOptions,
+        "engine",
+        given,
+        fixed={
+            "name": worker_id,
+            "model": str(cluster.model.resolve()),
+            "served_model_name": cluster.model_name,
+            "cluster_secret": secret,
+        },
+    )
+    return settings.build(
+        WorkerConfig,
+        "worker",
+        given,
+        fixed={"role": role, "routers": routers, "engine": cluster.engine_kind, "engine_options": options},
+    )
 
 
 def has_vllm() -> bool:

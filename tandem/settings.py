@@ -65,14 +65,17 @@ class Given:
 def keys(cls: type[DataclassInstance], prefix: str, skip: Collection[str] = ()) -> Iterator[Key]:
     """The settings of a dataclass as a section called `prefix`; fields in `skip` are not the user's to set."""
     hints = typing.get_type_hints(cls)
+    sections: list[tuple[type[DataclassInstance], str]] = []
     for field in dataclasses.fields(cls):
         name, hint = f"{prefix}.{field.name}", hints[field.name]
         if field.name in skip:
             continue
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from keys(hint, name)
+            sections.append((hint, name))
         else:
             yield Key(name, hint, _default(field))
+    for section, name in sections:  # after the leaves, as TOML wants it
+        yield from keys(section, name)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -102,7 +105,7 @@ def build(
 
 def locate(problem: str, given: Mapping[str, Given]) -> str:
     """Puts the origin in front of a problem that begins with a key."""
-    name = problem.partition(":")[0].strip()
+    name = re.match(r"[\w.]*", problem)[0]  # type: ignore[index]  # an empty match is one, too
     return f"{given[name].origin}: {problem}" if name in given else problem
 
 

@@ -63,6 +63,17 @@ class RestartPolicy:
     #: From SIGTERM to SIGKILL, for each stage.
     stop_grace_s: float = 15.0
 
+    def __post_init__(self) -> None:
+        found = [
+            f"{name}: must not be negative, is {value}"
+            for name in ("backoff_first_s", "backoff_max_s", "restarts_max", "settled_s", "stop_grace_s")
+            if not 0 <= (value := getattr(self, name)) < float("inf")
+        ]
+        if self.backoff_first_s > self.backoff_max_s:
+            found.append(f"backoff_first_s: {self.backoff_first_s} is more than backoff_max_s: {self.backoff_max_s}")
+        if found:
+            raise ValueError("\n".join(found))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:

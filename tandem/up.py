@@ -23,7 +23,7 @@ from rich.text import Text
 from tandem import show
 from tandem.client import AsyncClient
 from tandem.errors import TandemError
-from tandem.local import ROUTER, LocalCluster, Member, Ready, State
+from tandem.local import LocalCluster, Member, Ready, State
 from tandem.supervisor import ChildSpec, Died, Event, GaveUp, Left, Outcome, RestartPolicy, Started, Stopped
 
 _DEMO_TOKENS = 64
@@ -49,11 +49,11 @@ class Plan:
     run_dir: Path
     #: What to ask when ready.
     prompts: Sequence[str]
-    #: "vllm" or "sim", and why.
+    #: "vllm" or "sim".
     engine: str
     title: str
-    #: How to address this cluster in the commands suggested: empty, or `--address ...`.
-    address_flag: str
+    #: What the suggested commands need to find this cluster; empty where they find it by themselves.
+    state_flag: str
 
 
 async def up(plan: Plan, console: Console) -> int:
@@ -92,7 +92,7 @@ async def _serve(plan: Plan, console: Console) -> None:
             await _ask(client, prompt, console)
     if plan.engine == "sim" and plan.prompts:
         console.print("The simulated engine makes tokens up; --engine vllm computes them.\n", style="dim")
-    flag = f" {plan.address_flag}" if plan.address_flag else ""
+    flag = f" {plan.state_flag}" if plan.state_flag else ""
     console.print(f"[bold]serving on {escape(plan.address)}[/]  ·  Ctrl-C stops everything")
     console.print("From another terminal:", style="dim")
     for command in (f'tandem generate{flag} "import os"', f"tandem status{flag}", f"tandem status{flag} --watch"):

@@ -1,0 +1,122 @@
+"""From a configuration to the processes of a cluster on this machine: their files, their command lines, their place."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from router.config import RouterConfig
+from router.config import to_json as router_to_json
+from tandem import config, rundir, show
+from tandem.client import Client
+from tandem.config import ClusterConfig, Config
+from tandem.errors import TandemError
+from tandem.local import ROUTER, PortTaken, choose_port
+from tandem.supervisor import ChildSpec
+from tandem.up import Plan
+from worker.config import Role, WorkerConfig
+from worker.config import to_json as worker_to_json
+
+#: Asked when nothing else is.
+PROMPT = "def fibonacci(n):\n"
+
+_ROOT = Path(__file__).resolve().parents[1]
+#: A file of this name in the current folder is the configuration unless another is named.
+_CONFIG_HERE = Path("tandem.toml")
+
+
+def load(
+    file: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, tuple[str, object]],
+    assignments: Collection[str] = (),
+) -> Config:
+    """As `config.load`, with the file in the current folder, if there is one and no other is named."""
+    return config.load(file or (_CONFIG_HERE if _CONFIG_HERE.exists() else None), environ, flags, assignments)
+
+
+@contextmanager
+def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Plan]:
+    """Takes the state directory, while it lasts, and writes what the processes need. Raises AlreadyUp, PortTaken."""
+    cluster = config.cluster
+    if (there := rundir.running(state_dir)) is not None:
+        raise rundir.AlreadyUp(state_dir, there)
+    router = dataclasses.replace(config.router, port=_choose_port(config.router))
+    address = f"{_reachable(router.host)}:{router.port}"
+    with rundir.new_run(state_dir, address, datetime.now()) as run_dir:
+        secret = cluster.secret_file.read_bytes().strip() if cluster.secret_file else secrets.token_bytes(32)
+        specs = [_router_spec(router, run_dir)]
+        for role, count in ((Role.PREFILL, cluster.prefill_workers), (Role.DECODE, cluster.decode_workers)):
+            for number in range(count):
+                name = f"{role.value}-{number}"
+                worker = config.worker(worker_id=name, role=role, routers=(address,), secret=secret)
+                specs.append(_worker_spec(worker, run_dir))
+        yield Plan(
+            specs=specs,
+            policy=config.supervisor,
+            address=address,
+            run_dir=run_dir,
+            prompts=prompts,
+            engine=cluster.engine_kind,
+            title=_title(cluster),
+            state_flag="" if state_dir == rundir.default_state_dir(os.environ) else f"--state-dir {state_dir}",
+        )
+
+
+def _choose_port(router: RouterConfig) -> int:
+    try:
+        return choose_port(router.host, router.port)
+    except PortTaken as error:
+        who = "a Tandem router listens there; stop it" if _is_router(router) else "stop what listens there"
+        raise PortTaken(f"{error}: {who}, or take another with --port (0 takes any free one)") from None
+
+
+def _is_router(router: RouterConfig) -> bool:
+    with Client(f"{_reachable(router.host)}:{router.port}") as client:
+        try:
+            client.status(timeout_s=1.0)
+        except TandemError:
+            return False
+    return True
+
+
+def _router_spec(router: RouterConfig, run_dir: Path) -> ChildSpec:
+    return _spec(ROUTER, "router", router_to_json(router), run_dir, group=ROUTER, stop_stage=0)
+
+
+def _worker_spec(worker: WorkerConfig, run_dir: Path) -> ChildSpec:
+    # Workers stop last: the router lets requests finish, for which it needs them.
+    return _spec(worker.worker_id, "worker", worker_to_json(worker), run_dir, group=worker.role.value, stop_stage=1)
+
+
+def _spec(name: str, package: str, told: bytes, run_dir: Path, *, group: str, stop_stage: int) -> ChildSpec:
+    file = run_dir / f"{name}.json"
+    rundir.write_private(file, told)
+    return ChildSpec(
+        name=name,
+        argv=(sys.executable, "-m", package, str(file)),
+        cwd=_ROOT,  # so that `-m` finds these packages, whatever the user's folder holds
+        log=run_dir / f"{name}.log",
+        group=group,
+        stop_stage=stop_stage,
+    )
+
+
+def _title(cluster: ClusterConfig) -> str:
+    chosen = ", as vLLM is not installed" if cluster.engine == "auto" and cluster.engine_kind == "sim" else ""
+    engine = "vLLM" if cluster.engine_kind == "vllm" else f"simulated engine{chosen}"
+    return (
+        f"{cluster.model_name}, {engine}: a router, {show.plural(cluster.prefill_workers, 'prefill worker')}, "
+        f"{show.plural(cluster.decode_workers, 'decode worker')}"
+    )
+
+
+def _reachable(host: str) -> str:
+    """Where processes on this machine reach what listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
