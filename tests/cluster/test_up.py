@@ -1,0 +1,94 @@
+"""`tandem up` as a person meets it, on the simulated engine."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.harness import TANDEM, Cluster, clean_environment, cluster, is_running
+
+
+def test_interrupting_stops_everything_in_order(fresh: Cluster) -> None:
+    pids = fresh.pids()
+    assert len(pids) == 3
+    assert fresh.stop() == 0
+    assert not any(is_running(pid) for pid in pids)
+    assert re.search(r"router +stopped\n(?s:.*)(prefill|decode)-0 +stopped\n(?s:.*)\nstopped\n$", fresh.output)
+    assert "Traceback" not in fresh.output
+
+
+def test_nothing_outlives_a_killed_supervisor(fresh: Cluster) -> None:
+    pids = fresh.pids()
+    fresh.process.kill()
+    fresh.process.wait()
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_second_cluster_in_the_same_place_is_told_of_the_first(fresh: Cluster) -> None:
+    done = fresh.tandem("up", "--engine", "sim", "--port", "0")
+    assert done.returncode == 2
+    assert b"a cluster is up already at " + fresh.address.encode() in done.stderr
+    assert fresh.tandem("generate", "x", "-n", "2").returncode == 0
+
+
+def test_a_port_in_use_is_said_with_what_to_do(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [*TANDEM, "up", "--engine", "sim", "--port", str(port), "--state-dir", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, env=clean_environment(), timeout=60)
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port} is in use" in done.stderr.decode()
+    assert "--port" in done.stderr.decode()
+
+
+def test_a_worker_that_cannot_start_is_given_up_and_said_why(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with cluster(tmp_path, "sim", "--model", str(model), "--set", "supervisor.backoff_first_s=0.05") as broken:
+        assert broken.process.wait(120) == 1
+        assert "the cluster cannot serve" in broken.output
+        assert re.search(r"(prefill|decode)-0 +died: exited with code", broken.output)
+
+
+def test_a_drained_worker_leaves_and_the_rest_stays(tmp_path: Path) -> None:
+    with cluster(tmp_path, "sim", "--decode", "2") as running:
+        running.wait_ready()
+        assert running.tandem("drain", "decode-1").returncode == 0
+        running.wait_until(lambda: "decode-1   has left" in running.output)
+        running.wait_until(lambda: [w.worker_id for w in running.status().workers] == ["prefill-0", "decode-0"])
+        assert running.tandem("generate", "x", "-n", "2").returncode == 0
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT, signal.SIGINT]])
+def test_other_ways_to_end_it(fresh: Cluster, signals: list[signal.Signals]) -> None:
+    pids = fresh.pids()
+    for number in signals:
+        os.kill(fresh.process.pid, number)
+        time.sleep(0.05)
+    assert fresh.process.wait(60) in ((0,) if len(signals) == 1 else (0, 130))
+    assert not any(is_running(pid) for pid in pids)
+
+
+def test_a_warm_start_reaches_the_first_token_soon(tmp_path: Path) -> None:
+    command = [*TANDEM, "up", "--engine", "sim", "--port", "0", "--state-dir", str(tmp_path)]
+    for _ in range(2):  # the first fills the caches of the file system and of Python
+        started = time.monotonic()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=clean_environment()) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(b"first token"):
+                    took_s = time.monotonic() - started
+                    break
+            process.send_signal(signal.SIGINT)
+            process.stdout.read()
+            assert process.wait(60) == 0
+    print(f"tandem up --engine sim: first answer after {took_s:.2f} s")
