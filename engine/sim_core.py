@@ -170,7 +170,7 @@ class SimCore:
         #: Waiting and running sequences by leg id.
         self._sequences: dict[str, Sequence] = {}
         self._rows = list(range(limits.max_running - 1, -1, -1))
-        #: Row by row the running sequences' blocks; zeros after them.
+        #: Row by row the running sequences' blocks; what stands after them means nothing.
         self._tables = np.zeros((limits.max_running, -(-limits.max_model_len // self._block_tokens)), dtype=np.int32)
         self.totals = CoreTotals()
 
@@ -297,7 +297,7 @@ class SimCore:
     def _preempt(self, sequence: Sequence) -> None:
         self.totals.preemptions += 1
         self._pool.give_back(self._leave_row(sequence))
-        sequence.computed = sequence.published_blocks = sequence.taint = 0
+        sequence.computed = sequence.taint = 0
         self._waiting.appendleft(sequence)
 
     def _plan_prefills(self, chunks: list[tuple[Sequence, int]], budget: int) -> int:
@@ -374,7 +374,6 @@ class SimCore:
     def _leave_row(self, sequence: Sequence) -> list[int]:
         """Returns the blocks, for the caller to keep or give back."""
         blocks = sequence.blocks
-        self._tables[sequence.row, : len(blocks)] = 0
         self._rows.append(sequence.row)
         sequence.row = -1
         sequence.blocks = []

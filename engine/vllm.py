@@ -31,6 +31,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import hashlib
 import importlib
 import itertools
@@ -240,7 +241,12 @@ class VllmEngine:
                 # EngineCore does not leave while blocks are pinned.
                 await _send_order(llm, EndOrder(transfer_id=None))
             self._die("the engine was stopped")
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # or it takes the stop for a death, and logs it
             await asyncio.to_thread(llm.shutdown, _STOP_TIMEOUT_S)
+            # It shuts down once more when it is collected, which must not be while the interpreter leaves.
+            del llm
+            await asyncio.to_thread(gc.collect)
         if self._kv is not None:
             await self._kv.close()
         if self._run_dir is not None:

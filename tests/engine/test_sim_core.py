@@ -150,6 +150,17 @@ def test_preemption_computes_again_and_changes_no_token() -> None:
     assert world.answers == {str(index): expected(prompt, 20) for index, prompt in enumerate(prompts)}
 
 
+def test_a_preempted_leg_goes_on_before_those_that_came_later() -> None:
+    world = World(blocks=12, max_running=2, prefix_caching=False)
+    for leg_id in ("first", "second", "third"):
+        world.decode(leg_id, prompt_of(9), replace(GREEDY, max_tokens=24))
+    while not world.core.totals.preemptions:
+        world.step()
+    assert world.core.running == 1
+    world.run()
+    assert list(world.reasons) == ["first", "second", "third"]
+
+
 def test_cached_prefixes_change_no_token() -> None:
     shared = prompt_of(40)
     prompts = {str(cut): shared[:cut] + prompt_of(5, seed=100 + cut) for cut in (0, 3, 4, 16, 39, 40)}
