@@ -2,6 +2,7 @@
 
 from tandem.client import AsyncClient, AsyncGeneration, Client, Generation
 from tandem.errors import (
+    AlreadyExists,
     Cancelled,
     DeadlineExceeded,
     FailedPrecondition,
@@ -18,6 +19,7 @@ from tandem.errors import (
 from tandem.values import Delta, Finished, FinishReason, Result, Role
 
 __all__ = [
+    "AlreadyExists",
     "AsyncClient",
     "AsyncGeneration",
     "Cancelled",

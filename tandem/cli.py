@@ -26,6 +26,7 @@ from tandem.values import Finished, Role, SamplingOptions
 EXIT_CODES: Mapping[type[errors.TandemError], int] = {
     errors.InvalidArgument: 2,
     errors.NotFound: 2,
+    errors.AlreadyExists: 2,
     errors.FailedPrecondition: 2,
     errors.ResourceExhausted: 3,
     errors.Unavailable: 4,

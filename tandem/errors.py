@@ -66,6 +66,12 @@ class NotFound(TandemError):
     code = "NOT_FOUND"
 
 
+class AlreadyExists(TandemError):
+    """A request with this id is open already."""
+
+    code = "ALREADY_EXISTS"
+
+
 class Unauthenticated(TandemError):
     code = "UNAUTHENTICATED"
 
@@ -112,6 +118,7 @@ _BY_CODE: Mapping[str, type[TandemError]] = {
         InvalidArgument,
         OutOfRange,
         NotFound,
+        AlreadyExists,
         Unauthenticated,
         PermissionDenied,
         FailedPrecondition,

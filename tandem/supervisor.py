@@ -33,8 +33,9 @@ from typing import BinaryIO
 
 from tandem import guard
 
-#: sysexits.h EX_CONFIG: the child says that its configuration is wrong, so starting it again changes nothing.
-EXIT_CONFIG = 78
+#: Exits by which a child says that it was told wrong, so that starting it again changes nothing: the common code for
+#: wrong usage, and EX_CONFIG of sysexits.h.
+EXITS_TOLD_WRONG = (2, 78)
 
 _LAST_LINES = 12
 _LAST_BYTES = 16 * 1024
@@ -258,7 +259,7 @@ class Supervisor:
                 child.gone = True
                 self._on_event(Left(name=child.spec.name))
                 return
-            delay_s = None if code == EXIT_CONFIG else child.restarts.died(time.monotonic())
+            delay_s = None if code in EXITS_TOLD_WRONG else child.restarts.died(time.monotonic())
             self._on_event(
                 Died(
                     name=child.spec.name,
@@ -311,8 +312,8 @@ class Supervisor:
 
 def exit_reason(code: int) -> str:
     """In words, what `Process.returncode` says."""
-    if code == EXIT_CONFIG:
-        return "exited: its configuration is wrong"
+    if code in EXITS_TOLD_WRONG:
+        return f"exited with code {code}: its configuration is wrong"
     if code >= 0:
         return f"exited with code {code}"
     try:

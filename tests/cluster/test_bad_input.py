@@ -30,11 +30,11 @@ def test_unknown_model(client: Client) -> None:
         client.generate("x", model="no-such-model").result()
 
 
-@pytest.mark.parametrize("prompt", ["", []])
-def test_empty_prompt(client: Client, prompt: str | list[int]) -> None:
-    with pytest.raises(InvalidArgument, match="prompt|text|token_ids") as caught:
+@pytest.mark.parametrize(("prompt", "field"), [("", "text"), ([], "token_ids")])
+def test_empty_prompt(client: Client, prompt: str | list[int], field: str) -> None:
+    with pytest.raises(InvalidArgument, match="empty") as caught:
         client.generate(prompt).result()
-    assert caught.value.field in ("prompt", "text", "token_ids", "token_ids.ids")
+    assert caught.value.field == field
 
 
 def test_prompt_past_the_context_names_the_limit(client: Client) -> None:
@@ -155,4 +155,5 @@ def test_bytes_that_are_no_request(send_raw: Send) -> None:
 
 def test_a_request_without_a_prompt(send_raw: Send) -> None:
     error = send_raw(b"")
-    assert (error.code, error.field) == ("INVALID_ARGUMENT", "prompt")
+    assert error.code == "INVALID_ARGUMENT"
+    assert error.field in ("prompt", "text")

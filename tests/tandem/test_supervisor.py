@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tandem.supervisor import (
-    EXIT_CONFIG,
+    EXITS_TOLD_WRONG,
     ChildSpec,
     Died,
     Event,
@@ -152,8 +152,9 @@ async def test_a_crash_loop_leaves_the_others_of_its_group_serving(tmp_path: Pat
     assert await cluster.outcome() is Outcome.STOPPED
 
 
-async def test_a_child_that_says_its_configuration_is_wrong_is_not_started_again(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path, worker=f"raise SystemExit({EXIT_CONFIG})")
+@pytest.mark.parametrize("code", EXITS_TOLD_WRONG)
+async def test_a_child_that_says_its_configuration_is_wrong_is_not_started_again(tmp_path: Path, code: int) -> None:
+    cluster = Cluster(tmp_path, worker=f"raise SystemExit({code})")
     assert await cluster.outcome() is Outcome.FAILED
     assert len(cluster.pids("worker")) == 1
 
