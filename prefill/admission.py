@@ -11,7 +11,7 @@ class PrefillLimits:
     #: Legs given to the engine at once.
     running: int = 8
     #: Legs that wait for one of those; one more is refused.
-    queued: int = 56
+    queued: int = 8
     #: How long a finished prompt's blocks stay pinned for their reader.
     lease_ttl_s: float = 30.0
 

@@ -103,8 +103,8 @@ class LegTable:
         self._empty.set()
 
     def count(self, role: Role) -> int:
-        """Legs that still take room."""
-        return sum(leg.role is role for leg in self._tasks)
+        """Legs that still take room. May be called from any thread, hence the copy."""
+        return sum(leg.role is role for leg in tuple(self._tasks))
 
     def has(self, reply: Reply, leg_id: str) -> bool:
         return (reply, leg_id) in self._open

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -62,11 +62,9 @@ class RouterLink:
             self._outbox.wake()
 
     async def _pause(self, wait_s: float) -> None:
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._closing.wait()
-        except TimeoutError:
-            pass
 
     @asynccontextmanager
     async def _dial(self) -> AsyncIterator[Stream]:

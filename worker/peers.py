@@ -8,7 +8,7 @@ import logging
 from collections import OrderedDict
 from typing import Protocol
 
-from engine.base import Engine, PeerLane
+from engine.base import Engine, LegError, PeerLane
 from worker.messages import Peer
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ class PeerBook:
         try:
             async with self._slots:
                 lane = await self._engine.connect(peer.worker_id, peer.address)
+        except LegError as error:
+            lane = PeerLane(peer=peer.worker_id, refusal=error.detail)
         except Exception as error:
             log.exception("peer %s could not be met", peer.worker_id)
             lane = PeerLane(peer=peer.worker_id, refusal=f"{type(error).__name__}: {error}")

@@ -90,7 +90,7 @@ async def _serve_loaded(
     code = ExitCode.LEFT
     try:
         async with asyncio.TaskGroup() as scope:
-            worker = WorkerService(config, identity, engine, metrics, scope)
+            worker = WorkerService(config, identity, engine, metrics, scope, stop)
             metrics.show(worker.snapshot)
             scope.create_task(worker.run(), name="housekeeping")
             links = [
@@ -121,7 +121,7 @@ async def _serve_loaded(
 
 async def _leave(worker: WorkerService, health: Health, stop: asyncio.Event, grace_s: float) -> None:
     """Waits until the worker is told to leave, then drains it, for as long as grace lasts."""
-    await first(_none(stop.wait()), _none(worker.told_to_leave.wait()))
+    await stop.wait()
     log.info("draining: no new legs; %s", worker.remains())
     worker.announce_drain()
     await health.ready(False)

@@ -45,12 +45,18 @@ class WorkerService:
     """All methods are called from one event loop. Legs and introductions live in `scope`."""
 
     def __init__(
-        self, config: WorkerConfig, identity: Identity, engine: Engine, metrics: WorkerMetrics, scope: asyncio.TaskGroup
+        self,
+        config: WorkerConfig,
+        identity: Identity,
+        engine: Engine,
+        metrics: WorkerMetrics,
+        scope: asyncio.TaskGroup,
+        stop: asyncio.Event,
     ) -> None:
+        """Sets `stop` when a router wants the worker to leave; the process acts on it, as on a signal."""
         self.role = config.role
-        #: Set by whatever wants the worker to leave; the process acts on it.
-        self.told_to_leave = asyncio.Event()
         self.draining = False
+        self._stop = stop
         self._config = config
         self._identity = identity
         self._engine = engine
@@ -114,7 +120,7 @@ class WorkerService:
             case messages.SetRole():
                 self._set_role(message.role)
             case messages.Drain():
-                self.told_to_leave.set()
+                self._stop.set()
             case messages.Welcome():
                 raise ProtocolError("a second welcome")
             case messages.Unknown():

@@ -29,6 +29,7 @@ class Link:
         self.reading.set()
         self._changed = asyncio.Condition()
         self._taken = 0
+        self._marks: set[str] = set()
 
     def send(self, **message: object) -> None:
         self.orders.put_nowait(Router(**message))  # type: ignore[arg-type]
@@ -52,13 +53,13 @@ class Link:
             self._changed.notify_all()
 
     async def next(self) -> Worker:
-        """The next message but load reports."""
+        """The next message but load reports and marks."""
         async with asyncio.timeout(WAIT_S), self._changed:
             while True:
                 await self._changed.wait_for(lambda: len(self.received) > self._taken)
                 message = self.received[self._taken]
                 self._taken += 1
-                if message.WhichOneof("message") != "load":
+                if not message.HasField("load") and message.leg_failed.leg_id not in self._marks:
                     return message
 
     async def next_load(self) -> worker_link_pb2.LoadReport:
@@ -69,7 +70,12 @@ class Link:
         return next(message.load for message in self.received[seen:] if message.HasField("load"))
 
     async def settled(self) -> None:
-        """Until what was sent before has been acted on and answered: reports follow each other in order."""
+        """Until the worker has acted on all that was sent before, and had a moment to let it take effect."""
+        mark = f"mark {len(self._marks)}"
+        self._marks.add(mark)
+        self.decode(mark, token_ids=[])  # is answered at once, and answers come in order
+        async with asyncio.timeout(WAIT_S), self._changed:
+            await self._changed.wait_for(lambda: self.terminals(mark))
         await self.next_load()
         await self.next_load()
 

@@ -28,8 +28,9 @@ def sim_config(address: str, name: str, role: Role, **options: Any) -> WorkerCon
         address,
         name=name,
         role=role,
-        prefill=PrefillLimits(running=16, queued=256, lease_ttl_s=5),
+        prefill=PrefillLimits(running=16, queued=256, lease_ttl_s=30),
         decode=DecodeLimits(legs=256, fetches=4, fetch_timeout_s=5),
+        drain_grace_s=30,
     )
     engine_options = replace(
         config.engine_options,
@@ -175,6 +176,8 @@ async def test_nothing_is_left_of_two_hundred_requests_cancelled_anywhere() -> N
             if random.random() < 0.3:
                 await asyncio.sleep(random.choice([0, 0.001]))
         await at.p.settled()
+        while (await at.p.next_load()).prefill_running:
+            pass
         handles = {
             message.prefill_done.leg_id.removesuffix("/p"): message.prefill_done.handle
             for message in at.p.received
