@@ -1,0 +1,427 @@
+"""The one owner of requests, workers and queues.
+
+Only `State` changes where a request is and what a worker holds for it, always on both sides at once, so that the two
+can be checked against each other (`check_integrity`). It decides nothing.
+
+    request ---- prefill_leg, decode_leg ----> worker.legs         an order is out
+            ---- prefilling_at --------------> worker.prefilling   prompt tokens not computed yet
+            ---- pinned_at ------------------> worker.pinned       KV blocks that the prompt holds, until fetched
+            ---- slot_at --------------------> worker.slots        KV blocks promised to its decode leg
+            ---- QUEUED ---------------------> pool.queue
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from router.core.errors import TandemError
+from router.core.lifecycle import OPEN, Trigger, next_state
+from router.core.lifecycle import State as Life
+from router.core.queue import DispatchQueue, FirstCome, Waiting
+from router.core.request import GenerationRequest
+from router.core.worker import Load, PeerLane, Role, WorkerFacts
+
+
+class Holdings:
+    """Amounts by request, and their sum."""
+
+    __slots__ = ("_held", "total")
+
+    def __init__(self) -> None:
+        self._held: dict[str, int] = {}
+        #: == sum(self._held.values())
+        self.total = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def add(self, request_id: str, amount: int) -> None:
+        assert request_id not in self._held
+        self._held[request_id] = amount
+        self.total += amount
+
+    def drop(self, request_id: str) -> None:
+        self.total -= self._held.pop(request_id)
+
+    def check(self) -> None:
+        assert self.total == sum(self._held.values())
+
+
+class Leg(NamedTuple):
+    leg_id: str
+    worker_id: str
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker that is linked now."""
+
+    facts: WorkerFacts
+    role: Role
+    joined_at: float
+    heard_at: float
+    draining: bool = False
+    #: Set while its loss is being handled: it is still in the books, and nothing can be sent to it.
+    gone: bool = False
+    load: Load = field(default_factory=Load)
+    lanes: dict[str, PeerLane] = field(default_factory=dict)
+    #: Open legs of either kind, and whose they are.
+    legs: dict[str, str] = field(default_factory=dict)
+    prefilling: Holdings = field(default_factory=Holdings)
+    pinned: Holdings = field(default_factory=Holdings)
+    slots: Holdings = field(default_factory=Holdings)
+    #: Legs in a row that it refused or failed; it gets none before `rest_until`.
+    strikes: int = 0
+    rest_until: float = 0.0
+    #: When it was last chosen, counted in dispatches: of two workers as good, the one chosen longer ago serves.
+    chosen: int = 0
+
+    @property
+    def worker_id(self) -> str:
+        return self.facts.worker_id
+
+    @property
+    def kv_room(self) -> int:
+        """KV blocks that nobody has been promised."""
+        return self.facts.capacity.kv_blocks - self.slots.total - self.pinned.total
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.facts.capacity.block_tokens)
+
+
+@dataclass(slots=True, eq=False)
+class OpenRequest:
+    """A request that has not ended."""
+
+    request: GenerationRequest
+    state: Life = Life.QUEUED
+    #: Every token known, in order. All of them have been emitted.
+    generated: list[int] = field(default_factory=list)
+
+    prefill_leg: Leg | None = None
+    decode_leg: Leg | None = None
+    prefilling_at: str | None = None
+    pinned_at: str | None = None
+    slot_at: str | None = None
+    #: To the blocks pinned at `pinned_at`; empty before they are offered.
+    handle: bytes = b""
+
+    #: Generated tokens that the open leg was given as prompt.
+    base: int = 0
+    #: Index of the token that the open decode leg gives next; less than len(generated) while replaying.
+    position: int = 0
+
+    prefill_failures: int = 0
+    decode_failures: int = 0
+    #: From now on only its decode worker may compute the prompt.
+    local_only: bool = False
+    #: Replaying gave other tokens than before; never replay again.
+    replay_failed: bool = False
+    #: Where the last prefill leg failed.
+    avoid: str = ""
+
+    dispatched_at: float | None = None
+    #: When the open leg's order went out.
+    ordered_at: float = 0.0
+    prefilled_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
+    prefill_s: float = 0.0
+    handoff_s: float = 0.0
+    transfer_s: float = 0.0
+    cached_tokens: int = 0
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    transport: str = ""
+    transfer_bytes: int = 0
+    local_prefill: bool = False
+
+    #: (when, what), for `tandem why` and for faults.
+    story: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def retries(self) -> int:
+        return self.prefill_failures + self.decode_failures
+
+    @property
+    def waiting(self) -> Waiting:
+        request = self.request
+        return Waiting(
+            request.request_id, request.tenant, request.lane, len(request.prompt), request.sampling.max_tokens
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Pool:
+    """The workers of one model, and who waits for them."""
+
+    model: str
+    queue: DispatchQueue
+    workers: dict[str, Worker] = field(default_factory=dict)
+    #: Since when no worker could serve anything; None while one can.
+    pathless_since: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """What is kept of a request that ended."""
+
+    request_id: str
+    tenant: str
+    outcome: Life
+    error: TandemError | None
+    prompt_tokens: int
+    completion_tokens: int
+    story: tuple[tuple[float, str], ...]
+
+
+class State:
+    def __init__(
+        self, *, history_max: int, story_lines_max: int, queue: Callable[[], DispatchQueue] = FirstCome
+    ) -> None:
+        self._history_max = history_max
+        self._story_lines_max = story_lines_max
+        self._new_queue = queue
+        self._legs_ever = 0
+        self._chosen_ever = 0
+        self.pools: dict[str, Pool] = {}
+        self.workers: dict[str, Worker] = {}
+        self.requests: dict[str, OpenRequest] = {}
+        #: Every open leg, and whose it is.
+        self.legs: dict[str, OpenRequest] = {}
+        #: Requests that ended, oldest first, at most `history_max`. Of an id that came twice the later one is kept.
+        self.history: dict[str, Ended] = {}
+
+    # Pools and workers.
+
+    def pool(self, now: float, model: str) -> Pool:
+        pool = self.pools.get(model)
+        if pool is None:
+            pool = self.pools[model] = Pool(model, self._new_queue(), pathless_since=now)
+        return pool
+
+    def add_worker(self, now: float, facts: WorkerFacts) -> Worker:
+        assert facts.worker_id not in self.workers
+        worker = Worker(facts, facts.role, joined_at=now, heard_at=now)
+        self.workers[facts.worker_id] = worker
+        self.pool(now, facts.model.name).workers[facts.worker_id] = worker
+        return worker
+
+    def drop_worker(self, worker: Worker) -> None:
+        """For a worker that holds nothing any more."""
+        assert not self.requests_at(worker)
+        del self.workers[worker.worker_id]
+        del self.pools[worker.facts.model.name].workers[worker.worker_id]
+
+    def requests_at(self, worker: Worker) -> tuple[OpenRequest, ...]:
+        """All that have a leg, a slot or a lease there, in order of arrival at the worker."""
+        ids = dict.fromkeys((*worker.legs.values(), *worker.slots, *worker.pinned))
+        return tuple(self.requests[request_id] for request_id in ids)
+
+    @property
+    def queued(self) -> int:
+        return sum(len(pool.queue) for pool in self.pools.values())
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(pool.queue.tokens for pool in self.pools.values())
+
+    # A request's life.
+
+    def open(self, now: float, request: GenerationRequest) -> OpenRequest:
+        """Admits a request into its pool's queue."""
+        assert request.request_id not in self.requests
+        opened = OpenRequest(request)
+        self.requests[request.request_id] = opened
+        self.pool(now, request.model).queue.push(opened.waiting)
+        return opened
+
+    def leave_queue(self, opened: OpenRequest, trigger: Trigger) -> None:
+        """The head of the queue is dispatched."""
+        popped = self.pools[opened.request.model].queue.pop()
+        assert popped == opened.request_id
+        self.move(opened, trigger)
+
+    def rejoin_queue(self, opened: OpenRequest) -> None:
+        """To be dispatched again. It has no leg; it may have its slot."""
+        assert opened.prefill_leg is None
+        assert opened.decode_leg is None
+        self.move(opened, Trigger.RETRY)
+        self.pools[opened.request.model].queue.push(opened.waiting, again=True)
+
+    def end(self, now: float, opened: OpenRequest, trigger: Trigger, error: TandemError | None) -> None:
+        """It has no leg, no slot and no lease any more."""
+        queue = self.pools[opened.request.model].queue
+        if opened.state is Life.QUEUED:
+            queue.remove(opened.request_id)
+        if opened.dispatched_at is not None:
+            queue.settle(opened.waiting, len(opened.request.prompt), len(opened.generated))
+        self.move(opened, trigger)
+        self.note(now, opened, opened.state.value if error is None else f"{opened.state.value}: {error}")
+        del self.requests[opened.request_id]
+        self.remember(opened, error)
+
+    def move(self, opened: OpenRequest, trigger: Trigger) -> None:
+        opened.state = next_state(opened.state, trigger, _told(opened))
+
+    def note(self, now: float, opened: OpenRequest, what: str) -> None:
+        story = opened.story
+        if len(story) < self._story_lines_max - 1:
+            story.append((now, what))
+        elif len(story) == self._story_lines_max - 1:
+            story.append((now, "... (no more lines are kept)"))
+
+    def remember(self, opened: OpenRequest, error: TandemError | None) -> None:
+        self.history.pop(opened.request_id, None)
+        self.history[opened.request_id] = Ended(
+            request_id=opened.request_id,
+            tenant=opened.request.tenant,
+            outcome=opened.state,
+            error=error,
+            prompt_tokens=len(opened.request.prompt),
+            completion_tokens=len(opened.generated),
+            story=tuple(opened.story),
+        )
+        if len(self.history) > self._history_max:
+            del self.history[next(iter(self.history))]
+
+    # What a request holds at workers.
+
+    def open_prefill_leg(self, opened: OpenRequest, worker: Worker, *, tokens: int, blocks: int) -> Leg:
+        leg = self._open_leg(opened, worker, "p")
+        worker.prefilling.add(opened.request_id, tokens)
+        worker.pinned.add(opened.request_id, blocks)
+        opened.prefill_leg = leg
+        opened.prefilling_at = opened.pinned_at = worker.worker_id
+        return leg
+
+    def close_prefill_leg(self, opened: OpenRequest) -> Leg:
+        """The blocks stay pinned."""
+        assert opened.prefill_leg is not None
+        leg, opened.prefill_leg = opened.prefill_leg, None
+        self._close_leg(leg)
+        self.computed(opened)
+        return leg
+
+    def unpin(self, opened: OpenRequest) -> None:
+        if opened.pinned_at is not None:
+            self.workers[opened.pinned_at].pinned.drop(opened.request_id)
+            opened.pinned_at = None
+            opened.handle = b""
+
+    def take_slot(self, opened: OpenRequest, worker: Worker, blocks: int) -> None:
+        assert opened.slot_at is None
+        worker.slots.add(opened.request_id, blocks)
+        opened.slot_at = worker.worker_id
+
+    def drop_slot(self, opened: OpenRequest) -> None:
+        assert opened.decode_leg is None
+        if opened.slot_at is not None:
+            self.workers[opened.slot_at].slots.drop(opened.request_id)
+            opened.slot_at = None
+
+    def open_decode_leg(self, opened: OpenRequest, *, prompt_tokens: int) -> Leg:
+        """At its slot. `prompt_tokens` are those that the worker has to compute itself."""
+        assert opened.slot_at is not None
+        worker = self.workers[opened.slot_at]
+        leg = self._open_leg(opened, worker, "d")
+        if prompt_tokens:
+            worker.prefilling.add(opened.request_id, prompt_tokens)
+            opened.prefilling_at = worker.worker_id
+        opened.decode_leg = leg
+        return leg
+
+    def close_decode_leg(self, opened: OpenRequest) -> Leg:
+        """The slot stays taken."""
+        assert opened.decode_leg is not None
+        leg, opened.decode_leg = opened.decode_leg, None
+        self._close_leg(leg)
+        self.computed(opened)
+        return leg
+
+    def computed(self, opened: OpenRequest) -> None:
+        """Nobody is computing its prompt any more."""
+        if opened.prefilling_at is not None:
+            self.workers[opened.prefilling_at].prefilling.drop(opened.request_id)
+            opened.prefilling_at = None
+
+    def _open_leg(self, opened: OpenRequest, worker: Worker, kind: str) -> Leg:
+        # The number is unique in this core, so a late message can't meet a namesake's leg.
+        self._legs_ever += 1
+        self._chosen_ever += 1
+        worker.chosen = self._chosen_ever
+        leg = Leg(f"{opened.request_id}/{self._legs_ever}/{kind}", worker.worker_id)
+        worker.legs[leg.leg_id] = opened.request_id
+        self.legs[leg.leg_id] = opened
+        return leg
+
+    def _close_leg(self, leg: Leg) -> None:
+        del self.workers[leg.worker_id].legs[leg.leg_id]
+        del self.legs[leg.leg_id]
+
+    # What must stay true.
+
+    def check_integrity(self) -> None:
+        """Costs O(everything); for tests and for whoever suspects a fault."""
+        for pool in self.pools.values():
+            for worker_id, worker in pool.workers.items():
+                assert self.workers[worker_id] is worker
+        assert len(self.workers) == sum(len(pool.workers) for pool in self.pools.values())
+        for worker in self.workers.values():
+            self._check_worker(worker)
+        for request_id, opened in self.requests.items():
+            assert opened.request_id == request_id
+            self._check_request(opened)
+        queued = [opened for opened in self.requests.values() if opened.state is Life.QUEUED]
+        assert len(queued) == self.queued
+        assert sum(len(opened.request.prompt) for opened in queued) == self.queued_tokens
+        assert len(self.legs) == sum(len(worker.legs) for worker in self.workers.values())
+        assert len(self.history) <= self._history_max
+
+    def _check_worker(self, worker: Worker) -> None:
+        assert not worker.gone
+        for leg_id, request_id in worker.legs.items():
+            opened = self.requests[request_id]
+            assert self.legs[leg_id] is opened
+            assert Leg(leg_id, worker.worker_id) in (opened.prefill_leg, opened.decode_leg)
+        for holdings, place in (
+            (worker.prefilling, "prefilling_at"),
+            (worker.pinned, "pinned_at"),
+            (worker.slots, "slot_at"),
+        ):
+            holdings.check()
+            assert all(getattr(self.requests[request_id], place) == worker.worker_id for request_id in holdings)
+
+    def _check_request(self, opened: OpenRequest) -> None:
+        story = _told(opened)
+        assert opened.state in OPEN, story
+        assert (opened.request_id in self.pools[opened.request.model].queue) == (opened.state is Life.QUEUED), story
+        assert (opened.prefill_leg is not None) == (opened.state is Life.PREFILLING), story
+        assert (opened.decode_leg is not None) == (opened.state in (Life.HANDING_OFF, Life.DECODING)), story
+        assert (opened.pinned_at is not None) == (opened.state in (Life.PREFILLING, Life.HANDING_OFF)), story
+        assert opened.slot_at is not None or opened.state is Life.QUEUED, story
+        for leg in (opened.prefill_leg, opened.decode_leg):
+            assert leg is None or self.legs[leg.leg_id] is opened, story
+        if opened.decode_leg is not None:
+            assert opened.decode_leg.worker_id == opened.slot_at, story
+        for place, held in (
+            (opened.prefilling_at, "prefilling"),
+            (opened.pinned_at, "pinned"),
+            (opened.slot_at, "slots"),
+        ):
+            assert place is None or opened.request_id in getattr(self.workers[place], held), story
+        assert len(opened.generated) <= opened.request.sampling.max_tokens, story
+        assert opened.base <= opened.position or opened.decode_leg is None, story
+
+
+def _told(opened: OpenRequest) -> str:
+    return "\n".join(f"{when:.6f} {opened.request_id} {what}" for when, what in opened.story)
