@@ -1,7 +1,8 @@
 """Text in, text out: tokenizing, detokenizing as tokens come, stop strings. The only place that knows text.
 
-Two promises about a stream. Its pieces, joined, are the text of the whole answer, up to the stop string if one matched. And no piece
-ends in half a character: bytes that do not make a character yet are held until they do or the answer ends.
+Two promises about a stream. Its pieces, joined, are the text of the whole answer, up to the stop string if one
+matched. And no piece ends in half a character: bytes that do not make a character yet are held until they do or the
+answer ends.
 """
 
 from __future__ import annotations

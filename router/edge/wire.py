@@ -1,0 +1,239 @@
+"""Protobuf stops here: what clients and operators say as values, what they are told as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError, Message
+
+from protos import control_pb2, inference_pb2, worker_link_pb2
+from router.core.effects import Finished
+from router.core.errors import Invalid
+from router.core.request import FinishReason, TokenLogprobs
+from router.core.snapshot import RequestView, Snapshot, WorkerView
+from router.core.worker import Role
+from router.edge.admit import Asked
+from router.port import ModelView
+
+_FINISH_REASONS = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+_ROLES = {
+    Role.PREFILL: worker_link_pb2.ROLE_PREFILL,
+    Role.DECODE: worker_link_pb2.ROLE_DECODE,
+    Role.BOTH: worker_link_pb2.ROLE_BOTH,
+}
+_ROLE_BY_NUMBER: dict[int, Role] = {number: role for role, number in _ROLES.items()}
+
+
+_OPTIONAL = tuple(field.name for field in inference_pb2.Sampling.DESCRIPTOR.fields if field.has_presence)
+
+
+# From clients.
+
+
+def generate_request(data: bytes) -> inference_pb2.GenerateRequest:
+    """Raises Invalid. gRPC's own deserializer would answer INTERNAL and name nothing."""
+    try:
+        return inference_pb2.GenerateRequest.FromString(data)
+    except DecodeError:
+        for field in _not_utf8(_with_bytes_for_strings().FromString(data)):
+            raise Invalid(field, "is not valid UTF-8") from None
+        raise Invalid("request", "is not a tandem.v1.GenerateRequest message") from None
+
+
+@cache
+def _with_bytes_for_strings() -> type[Message]:
+    """GenerateRequest as it would be if its text fields were bytes: it parses what the real one refuses."""
+    file = descriptor_pb2.FileDescriptorProto()
+    inference_pb2.DESCRIPTOR.CopyToProto(file)
+    for message in file.message_type:
+        for field in message.field:
+            if field.type == descriptor_pb2.FieldDescriptorProto.TYPE_STRING:
+                field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tandem.v1.GenerateRequest"))
+
+
+def _not_utf8(message: Message, prefix: str = "") -> Iterator[str]:
+    for field, value in message.ListFields():
+        for item in value if field.is_repeated else [value]:
+            if isinstance(item, Message):
+                yield from _not_utf8(item, f"{prefix}{field.name}.")
+            elif isinstance(item, bytes) and not _is_utf8(item):
+                yield f"{prefix}{field.name}"
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def asked(message: inference_pb2.Sampling) -> Asked:
+    def given(name: str) -> Any:
+        return getattr(message, name) if message.HasField(name) else None
+
+    return Asked(
+        **{name: given(name) for name in _OPTIONAL},
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+    )
+
+
+# To clients.
+
+
+def delta(
+    request_id: str, text: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]
+) -> inference_pb2.GenerateResponse:
+    return inference_pb2.GenerateResponse(
+        request_id=request_id,
+        delta=inference_pb2.Delta(text=text, token_ids=token_ids, logprobs=[_logprobs(entry) for entry in logprobs]),
+    )
+
+
+def _logprobs(entry: TokenLogprobs) -> inference_pb2.TokenLogprobs:
+    return inference_pb2.TokenLogprobs(
+        sampled=inference_pb2.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob),
+        top=[inference_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in entry.top],
+    )
+
+
+def finished(request_id: str, event: Finished, stop_match: str) -> inference_pb2.GenerateResponse:
+    usage, timings, route = event.usage, event.timings, event.route
+    reason = FinishReason.STOP if stop_match else event.reason
+    return inference_pb2.GenerateResponse(
+        request_id=request_id,
+        finished=inference_pb2.Finished(
+            reason=_FINISH_REASONS[reason],
+            stop_match=stop_match,
+            usage=inference_pb2.Usage(
+                prompt_tokens=usage.prompt_tokens,
+                cached_prompt_tokens=usage.cached_prompt_tokens,
+                completion_tokens=usage.completion_tokens,
+            ),
+            timings=inference_pb2.Timings(
+                queue_s=timings.queue_s,
+                prefill_s=timings.prefill_s,
+                ttft_s=timings.ttft_s,
+                handoff_s=timings.handoff_s,
+                transfer_s=timings.transfer_s,
+                total_s=timings.total_s,
+            ),
+            route=inference_pb2.Route(
+                prefill_worker=route.prefill_worker,
+                decode_worker=route.decode_worker,
+                transport=route.transport,
+                transfer_bytes=route.transfer_bytes,
+                retries=route.retries,
+                local_prefill=route.local_prefill,
+            ),
+        ),
+    )
+
+
+def models(views: list[ModelView]) -> inference_pb2.ListModelsResponse:
+    return inference_pb2.ListModelsResponse(
+        models=[
+            inference_pb2.Model(
+                name=view.name,
+                max_model_len=view.facts.max_model_len if view.facts else 0,
+                vocab_size=view.facts.vocab_size if view.facts else 0,
+                ready=view.ready,
+            )
+            for view in views
+        ]
+    )
+
+
+# Operators.
+
+
+def role(number: int) -> Role:
+    if number not in _ROLE_BY_NUMBER:
+        raise Invalid("role", f"must be ROLE_PREFILL, ROLE_DECODE or ROLE_BOTH, is {number}")
+    return _ROLE_BY_NUMBER[number]
+
+
+def drained() -> control_pb2.DrainWorkerResponse:
+    return control_pb2.DrainWorkerResponse()
+
+
+def role_set() -> control_pb2.SetWorkerRoleResponse:
+    return control_pb2.SetWorkerRoleResponse()
+
+
+def status(router_id: str, uptime_s: float, snapshot: Snapshot) -> control_pb2.Status:
+    return control_pb2.Status(
+        router_id=router_id,
+        uptime_s=uptime_s,
+        workers=[_worker_status(view) for view in snapshot.workers],
+        requests_queued=snapshot.queued,
+        requests_running=snapshot.running,
+        requests=[_request_status(view) for view in snapshot.requests],
+        outcomes={outcome.value: count for outcome, count in snapshot.outcomes.items()},
+    )
+
+
+def _worker_status(view: WorkerView) -> control_pb2.WorkerStatus:
+    facts, load = view.facts, view.load
+    return control_pb2.WorkerStatus(
+        worker_id=facts.worker_id,
+        incarnation=facts.incarnation,
+        role=_ROLES[view.role],
+        state="draining" if view.draining else "ready",
+        model=facts.model.name,
+        engine=f"{facts.engine} {facts.engine_version}".strip(),
+        load=worker_link_pb2.LoadReport(
+            prefill_running=load.prefill_running,
+            decode_running=load.decode_running,
+            kv_blocks_free=load.kv_blocks_free,
+            kv_blocks_total=load.kv_blocks_total,
+            leases_held=load.leases_held,
+            leased_blocks=load.leased_blocks,
+            staged_pages=load.staged_pages,
+            transfer_bytes_total=load.transfer_bytes_total,
+            transfer_failures_total=load.transfer_failures_total,
+            leases_expired_total=load.leases_expired_total,
+        ),
+        prefill_legs=view.prefill_legs,
+        decode_legs=view.decode_legs,
+        lanes=[
+            worker_link_pb2.PeerLane(
+                peer=lane.peer,
+                transport=lane.transport,
+                gigabytes_per_s=lane.gigabytes_per_s,
+                refusal=lane.refusal,
+            )
+            for lane in view.lanes
+        ],
+        capacity=worker_link_pb2.Capacity(
+            prefill_legs=facts.capacity.prefill_legs,
+            decode_legs=facts.capacity.decode_legs,
+            kv_blocks=facts.capacity.kv_blocks,
+            block_tokens=facts.capacity.block_tokens,
+        ),
+        pid=facts.pid,
+        labels=dict(facts.labels),
+    )
+
+
+def _request_status(view: RequestView) -> control_pb2.RequestStatus:
+    return control_pb2.RequestStatus(
+        request_id=view.request_id,
+        tenant=view.tenant,
+        state=view.state.value,
+        age_s=view.age_s,
+        prefill_worker=view.prefill_worker,
+        decode_worker=view.decode_worker,
+        prompt_tokens=view.prompt_tokens,
+        completion_tokens=view.completion_tokens,
+    )

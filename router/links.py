@@ -1,0 +1,141 @@
+"""The router's end of the links: one stream per worker, its hello first, orders out, events in.
+
+A worker is linked from its welcome until its stream ends, however it ends: that moment the core hears of its loss. Of
+two streams that name one worker the newer is the worker; the older is closed and no longer heard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+
+import grpc
+
+from protos import worker_link_pb2_grpc
+from router import wire
+from router.core import events as ev
+from router.core.errors import Invalid, Misfit, TandemError
+from router.core.worker import WorkerFacts
+from router.edge.errors import abort
+from router.shell import Shell, WorkerEffect
+
+_log = logging.getLogger(__name__)
+
+_HELLO_TIMEOUT_S = 10.0
+#: Orders that a worker has not read yet. It reads all the time, so this many mean that it is stuck.
+_OUTBOX_MAX = 16_384
+
+
+class _Link:
+    """What waits to be sent on one stream, and whether the stream is to go on."""
+
+    def __init__(self, first: wire.RouterMessage) -> None:
+        self._waiting = deque([first])
+        self._changed = asyncio.Event()
+        self._changed.set()
+        self.closed_because = ""
+
+    def put(self, message: wire.RouterMessage) -> None:
+        self._waiting.append(message)
+        self._changed.set()
+        if len(self._waiting) > _OUTBOX_MAX:
+            self.close(f"it left {_OUTBOX_MAX} messages unread")
+
+    def close(self, why: str) -> None:
+        self.closed_because = self.closed_because or why
+        self._changed.set()
+
+    async def messages(self) -> AsyncIterator[wire.RouterMessage]:
+        """Ends when the link is closed."""
+        while not self.closed_because:
+            if self._waiting:
+                yield self._waiting.popleft()
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+
+
+class Links(worker_link_pb2_grpc.WorkerLinkServicer):
+    def __init__(self, shell: Shell, *, router_id: str, load_report_interval_s: float) -> None:
+        self._shell = shell
+        self._router_id = router_id
+        self._load_report_interval_s = load_report_interval_s
+        self._links: dict[str, _Link] = {}
+
+    # For the shell.
+
+    def send(self, effect: WorkerEffect) -> None:
+        if (link := self._links.get(effect.worker_id)) is not None:
+            link.put(wire.order(effect))
+
+    def close(self, worker_id: str, why: str) -> None:
+        if (link := self._links.pop(worker_id, None)) is not None:
+            link.close(why)
+
+    # The stream.
+
+    async def Connect(  # type: ignore[override]  # writes by the context, so that it can read at the same time
+        self,
+        request_iterator: AsyncIterator[wire.WorkerMessage],
+        context: grpc.aio.ServicerContext[wire.WorkerMessage, wire.RouterMessage],
+    ) -> None:
+        try:
+            facts = await self._greet(request_iterator)
+        except TandemError as error:
+            await abort(context, error)
+        link = self._open(facts)
+        _log.info("worker %s (%s) linked, pid %d", facts.worker_id, facts.role.value, facts.pid)
+        why = "its stream broke"
+        try:
+            receiving = asyncio.ensure_future(self._receive(request_iterator, facts.worker_id, link))
+            try:
+                async for message in link.messages():
+                    await context.write(message)
+            finally:
+                receiving.cancel()
+            why = link.closed_because
+        finally:
+            self._over(facts.worker_id, link, why)
+
+    async def _greet(self, requests: AsyncIterator[wire.WorkerMessage]) -> WorkerFacts:
+        try:
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                first = await anext(aiter(requests))
+        except (TimeoutError, StopAsyncIteration):
+            raise Invalid("hello", f"must come first, within {_HELLO_TIMEOUT_S:g} s") from None
+        if not first.HasField("hello"):
+            raise Invalid("hello", "must come first")
+        facts = wire.facts(first.hello)
+        if difference := self._shell.misfit(facts):
+            _log.warning("worker %s refused: %s", facts.worker_id, difference)
+            raise Misfit(difference)
+        return facts
+
+    def _open(self, facts: WorkerFacts) -> _Link:
+        if (old := self._links.get(facts.worker_id)) is not None:
+            old.close("a newer stream names the same worker")
+        link = _Link(wire.welcome(self._router_id, self._load_report_interval_s))
+        self._links[facts.worker_id] = link
+        self._shell.joined(facts)
+        return link
+
+    async def _receive(self, requests: AsyncIterator[wire.WorkerMessage], worker_id: str, link: _Link) -> None:
+        try:
+            async for message in requests:
+                if self._links.get(worker_id) is not link:
+                    return
+                event = wire.event(worker_id, message)
+                if event is not None:
+                    self._shell.handle(event)
+            link.close("it closed its stream")
+        except Exception:  # whatever it was, the link must not stay up with nobody reading it
+            _log.exception("worker %s: reading its stream failed", worker_id)
+            link.close("reading its stream failed")
+
+    def _over(self, worker_id: str, link: _Link, why: str) -> None:
+        _log.info("worker %s unlinked: %s", worker_id, why)
+        if self._links.get(worker_id) is link:
+            del self._links[worker_id]
+            self._shell.handle(ev.WorkerLost(worker_id, why))

@@ -1,0 +1,160 @@
+"""One router process: the core and its shell, the port for clients, operators and workers, health, metrics.
+
+The first SIGTERM or SIGINT stops it in order: health turns NOT_SERVING, what comes is refused, what runs may finish
+within the grace, what is left is told UNAVAILABLE. A second signal exits at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from protos import control_pb2_grpc, worker_link_pb2_grpc
+from router.config import RouterConfig
+from router.core import events as ev
+from router.core.core import Core
+from router.core.snapshot import Snapshot
+from router.core.stats import Stats
+from router.edge import native
+from router.edge.control import ControlEdge
+from router.edge.native import NativeEdge
+from router.edge.text import ModelText
+from router.links import Links
+from router.metrics import RouterCollector, serve_metrics
+from router.shell import Shell
+
+CONTROL, LINK = "tandem.v1.Control", "tandem.v1.WorkerLink"
+
+#: A quiet stream and a client's keepalive pings would else earn GOAWAY "too many pings", which kills every call.
+_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+_METRICS_WAIT_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Where a router listens."""
+
+    port: int
+    metrics_port: int | None
+
+
+class PortTaken(Exception):
+    """Something else listens there."""
+
+
+async def serve(config: RouterConfig, on_ready: Callable[[Bound], None] = lambda bound: None) -> None:
+    """Runs until a signal, and returns when it has stopped in order. Raises PortTaken."""
+    loop = asyncio.get_running_loop()
+    began = time.monotonic()
+    texts = {config.model_name: ModelText(Path(config.model_dir))}
+    core = Core(now=began, limits=config.limits, models=texts)
+    shell = Shell(core, stream_tokens_max=config.requests.stream_tokens_max)
+    links = Links(shell, router_id=config.router_id, load_report_interval_s=config.load_report_interval_s)
+    shell.attach(links)
+    edge = NativeEdge(shell, texts, config.requests)
+    health = health_aio.HealthServicer()
+
+    options = (*_SERVER_OPTIONS, ("grpc.max_receive_message_length", config.requests.message_bytes_max))
+    server = grpc.aio.server(options=options)
+    server.add_generic_rpc_handlers((edge.handlers(),))
+    control = ControlEdge(shell, router_id=config.router_id, uptime_s=lambda: time.monotonic() - began)
+    control_pb2_grpc.add_ControlServicer_to_server(control, server)
+    worker_link_pb2_grpc.add_WorkerLinkServicer_to_server(links, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection(
+        (native.SERVICE, CONTROL, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
+    )
+    port = _bind(server, config)
+    metrics = None
+    if config.metrics_port is not None:
+        collector = RouterCollector(lambda: _read_on(loop, shell))
+        metrics, _ = serve_metrics(collector, config.host, config.metrics_port)
+
+    asked_to_stop = asyncio.Event()
+    _on_signals(loop, asked_to_stop)
+    await server.start()
+    try:
+        on_ready(Bound(port, metrics.server_port if metrics is not None else None))
+        async with asyncio.TaskGroup() as tasks:
+            reporter = tasks.create_task(_report_health(health, shell, core, config.model_name))
+            await asked_to_stop.wait()
+            reporter.cancel()
+        await _stop(server, health, shell, core, config.shutdown_grace_s)
+    finally:
+        shell.stop()
+        edge.close()
+        if metrics is not None:
+            metrics.shutdown()
+
+
+def _bind(server: grpc.aio.Server, config: RouterConfig) -> int:
+    address = f"{config.host}:{config.port}"
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise PortTaken(f"port: {address} can't be listened on; is another router up there? ({error})") from None
+
+
+def _read_on(loop: asyncio.AbstractEventLoop, shell: Shell) -> tuple[Stats, Snapshot]:
+    """The exporter's thread asks the loop, which owns the core."""
+
+    async def read() -> tuple[Stats, Snapshot]:
+        return shell.stats, shell.snapshot()
+
+    return asyncio.run_coroutine_threadsafe(read(), loop).result(_METRICS_WAIT_S)
+
+
+async def _report_health(health: health_aio.HealthServicer, shell: Shell, core: Core, model: str) -> None:
+    """SERVING while a request for the model could be served. Workers need the link before that."""
+    changed = asyncio.Event()
+    shell.on_workers_changed = changed.set
+    await health.set(LINK, health_pb2.HealthCheckResponse.SERVING)
+    await health.set(CONTROL, health_pb2.HealthCheckResponse.SERVING)
+    while True:
+        serving = health_pb2.HealthCheckResponse.ServingStatus.Value("SERVING" if core.serves(model) else "NOT_SERVING")
+        for name in ("", native.SERVICE):
+            await health.set(name, serving)
+        await changed.wait()
+        changed.clear()
+
+
+async def _stop(
+    server: grpc.aio.Server, health: health_aio.HealthServicer, shell: Shell, core: Core, grace_s: float
+) -> None:
+    _log.info("stopping: %d requests open, %.0f s for them to finish", len(core.state.requests), grace_s)
+    await health.enter_graceful_shutdown()
+    shell.handle(ev.ShutdownRequested())
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(grace_s):
+            await shell.idle()
+    shell.handle(ev.ShutdownRequested(final=True))
+    await server.stop(1.0)
+
+
+def _on_signals(loop: asyncio.AbstractEventLoop, asked_to_stop: asyncio.Event) -> None:
+    def stop() -> None:
+        if asked_to_stop.is_set():
+            os._exit(1)
+        asked_to_stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)

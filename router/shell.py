@@ -1,0 +1,167 @@
+"""Acts for the core: feeds it events with the time, carries its effects out, and wakes it at its next deadline.
+
+Everything here runs on one event loop, and nothing here waits: worker-bound effects go into the links' outboxes, events
+for clients into their streams. So effects are carried out in the core's order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from router.core import effects as fx
+from router.core import events as ev
+from router.core.core import Core
+from router.core.effects import Effect, Emit, Tokens
+from router.core.errors import NotFound
+from router.core.request import GenerationRequest
+from router.core.snapshot import Snapshot, snapshot
+from router.core.stats import Stats
+from router.core.worker import ModelFacts, Role, WorkerFacts
+from router.port import ModelView, RequestStream
+
+WorkerEffect = (
+    fx.SendPrefill | fx.SendDecode | fx.CancelLeg | fx.ReleaseLease | fx.SendPeers | fx.SendDrain | fx.SendSetRole
+)
+
+
+class WorkerLinks(Protocol):
+    """The shell's view of links.py. Neither waits, and a worker that is not linked is ignored: the core hears of
+    its loss anyway."""
+
+    def send(self, effect: WorkerEffect) -> None: ...
+
+    def close(self, worker_id: str, why: str) -> None: ...
+
+
+class Shell:
+    """Implements router.port's CorePort and AdminPort over a core in this process."""
+
+    def __init__(self, core: Core, *, stream_tokens_max: int) -> None:
+        self._core = core
+        self._loop = asyncio.get_running_loop()
+        self._stream_tokens_max = stream_tokens_max
+        self._streams: dict[str, RequestStream] = {}
+        #: What the last worker of each model said of it. Stays when the worker goes.
+        self._facts: dict[str, ModelFacts] = {}
+        self._links: WorkerLinks | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._armed_for = 0.0
+        self._idle = asyncio.Event()
+        #: Called after workers came, went or changed.
+        self.on_workers_changed: Callable[[], None] = lambda: None
+
+    def attach(self, links: WorkerLinks) -> None:
+        self._links = links
+        self._arm()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def handle(self, event: ev.Event) -> None:
+        for effect in self._core.handle(self.now(), event):
+            self._do(effect)
+        self._arm()
+        if isinstance(event, _ABOUT_WORKERS):
+            self.on_workers_changed()
+
+    def _do(self, effect: Effect) -> None:
+        if isinstance(effect, Emit):
+            self._emit(effect)
+        elif self._links is not None:
+            if isinstance(effect, fx.CloseLink):
+                self._links.close(effect.worker_id, effect.why)
+            else:
+                self._links.send(effect)
+
+    def _emit(self, emit: Emit) -> None:
+        if isinstance(emit.event, Tokens):
+            stream = self._streams.get(emit.request_id)
+        else:
+            stream = self._streams.pop(emit.request_id, None)
+            self._idle.set()
+        if stream is not None:
+            stream.put(emit.event)
+
+    def _arm(self) -> None:
+        """One timer, for the core's next deadline. A core that wants an earlier one gets it; a later one waits for
+        the timer that is set, which then does nothing but set it."""
+        at = self._core.next_deadline()
+        if at is None or (self._timer is not None and self._armed_for <= at):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._armed_for = at
+        self._timer = self._loop.call_later(max(0.0, at - self.now()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.handle(ev.Tick())
+
+    async def idle(self) -> None:
+        """Returns when no request is open."""
+        while self._core.state.requests:
+            self._idle.clear()
+            await self._idle.wait()
+
+    # For edges.
+
+    def now(self) -> float:
+        return time.monotonic()  # the loop's own clock may tick in milliseconds
+
+    def submit(self, request: GenerationRequest) -> RequestStream:
+        stream = RequestStream(
+            request.request_id,
+            tokens_max=self._stream_tokens_max,
+            cancel=lambda request_id: self.handle(ev.Cancel(request_id)),
+            stop_matched=lambda request_id, tokens: self.handle(ev.StopMatched(request_id, tokens)),
+            overrun=self._overrun,
+        )
+        namesake = self._streams.get(request.request_id)
+        self._streams[request.request_id] = stream
+        self.handle(ev.Submit(request))
+        if namesake is not None:  # the newcomer was refused; what follows is the other's
+            self._streams[request.request_id] = namesake
+        return stream
+
+    def _overrun(self, request_id: str) -> None:
+        # Not at once: the core is in the middle of handing out the very tokens that overran.
+        self._loop.call_soon(self.handle, ev.Overrun(request_id))
+
+    def models(self) -> list[ModelView]:
+        return [ModelView(name, self._facts.get(name), self._core.serves(name)) for name in self._core.state.pools]
+
+    def snapshot(self, *, requests: bool = False) -> Snapshot:
+        return snapshot(self.now(), self._core.state, self._core.stats.outcomes, requests=requests)
+
+    @property
+    def stats(self) -> Stats:
+        return self._core.stats
+
+    def drain(self, worker_id: str) -> None:
+        self._known(worker_id)
+        self.handle(ev.DrainRequested(worker_id))
+
+    def set_role(self, worker_id: str, role: Role) -> None:
+        self._known(worker_id)
+        self.handle(ev.SetRoleRequested(worker_id, role))
+
+    def _known(self, worker_id: str) -> None:
+        if worker_id not in self._core.state.workers:
+            raise NotFound("worker", worker_id, f"no worker {worker_id!r} is linked to this router")
+
+    # For links.
+
+    def misfit(self, facts: WorkerFacts) -> str:
+        return self._core.misfit(facts)
+
+    def joined(self, facts: WorkerFacts) -> None:
+        """For a worker that fits. Call `attach`ed, with its link ready to send on."""
+        self._facts[facts.model.name] = facts.model
+        self.handle(ev.WorkerJoined(facts))
+
+
+_ABOUT_WORKERS = (ev.WorkerJoined, ev.WorkerLost, ev.RoleChanged, ev.DrainingAnnounced, ev.DrainRequested, ev.Tick)
