@@ -277,9 +277,7 @@ class _TextAnswer:
 
         from tandem import show
 
-        console = Console(stderr=True, highlight=False)
-        for line in (show.route(finished), show.latency(finished)):
-            console.print(line, style="dim", markup=False, soft_wrap=True)
+        Console(stderr=True, highlight=False).print(show.story(finished), style="dim", markup=False, soft_wrap=True)
 
 
 class _JsonAnswer:

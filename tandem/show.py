@@ -37,36 +37,34 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun[:-1]}ies" if noun.endswith("y") else f"{count:,} {noun}s"
 
 
-def route(finished: Finished) -> str:
-    """Which workers served an answer and what the hand-off cost, in one line."""
+def story(finished: Finished) -> str:
+    """Which workers served an answer, what the hand-off between them cost, how long it all took: a few lines."""
     usage, timings, route = finished.usage, finished.timings, finished.route
-    cached = f", {usage.cached_prompt_tokens} of them cached" if usage.cached_prompt_tokens else ""
-    parts = []
+    rows: list[tuple[str, str, str]] = []
     if route.prefill_worker:
-        parts.append(
-            f"prefill {route.prefill_worker}: {plural(usage.prompt_tokens, 'token')}{cached}, "
-            f"{duration(timings.prefill_s)}"
-        )
+        cached = f", {usage.cached_prompt_tokens:,} of them cached" if usage.cached_prompt_tokens else ""
+        tokens = plural(usage.prompt_tokens, "token")
+        rows.append(("prefill", route.prefill_worker, f"{tokens}{cached}, in {duration(timings.prefill_s)}"))
     if route.transport:
-        parts.append(
-            f"hand-off {duration(timings.handoff_s)}: {size(route.transfer_bytes)} by {route.transport} "
-            f"in {duration(timings.transfer_s)}"
-        )
+        moved = f"{size(route.transfer_bytes)} by {route.transport}, {duration(timings.transfer_s)} of it on the move"
+        rows.append(("hand-off", duration(timings.handoff_s), moved))
     if route.decode_worker:
-        decode_s = max(timings.total_s - timings.ttft_s, 0.0)
-        rate = f", {(usage.completion_tokens - 1) / decode_s:,.0f} tokens/s" if decode_s > 0 else ""
-        own = " (computed the prompt itself)" if route.local_prefill else ""
-        parts.append(f"decode {route.decode_worker}{own}: {plural(usage.completion_tokens, 'token')}{rate}")
-    line = "  →  ".join(parts)
-    return f"{line}  ({plural(route.retries, 'retry')})" if route.retries else line
+        tokens = plural(usage.completion_tokens, "token")
+        own = ", the prompt too" if route.local_prefill else ""
+        rows.append(("decode", route.decode_worker, f"{tokens}{_rate(finished)}{own}"))
+    if route.retries:
+        rows.append(("again", plural(route.retries, "leg"), "run again after a failure"))
+    ended = f"ended by {finished.reason.value}"
+    rows.append(("total", duration(timings.total_s), f"first token after {duration(timings.ttft_s)}, {ended}"))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{what:<{widths[0]}}  {who:<{widths[1]}}  {how}" for what, who, how in rows)
 
 
-def latency(finished: Finished) -> str:
-    timings = finished.timings
-    return (
-        f"first token after {duration(timings.ttft_s)}, all after {duration(timings.total_s)}, "
-        f"ended by {finished.reason.value}"
-    )
+def _rate(finished: Finished) -> str:
+    """Tokens per second once the first was there; empty where that says nothing."""
+    seconds = finished.timings.total_s - finished.timings.ttft_s
+    tokens = finished.usage.completion_tokens - 1
+    return f" at {tokens / seconds:,.0f} tokens/s" if tokens > 0 and seconds > 0 else ""
 
 
 def status(cluster: ClusterStatus, address: str) -> RenderableType:

@@ -34,8 +34,8 @@ _REFRESH_PER_S = 8
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 _STYLES = {State.READY: "green", State.DEAD: "red", State.GIVEN_UP: "bold red"}
-#: Time, level and logger in front of a log line: the table has no room for them.
-_LOG_PREFIX = re.compile(r"^(\([^)]*\)\s*)?[\d\-:T.,\s]*(DEBUG|INFO|WARNING|ERROR)\s+(\S*:\s+)?|^\d{4}-\S+ \S+ ")
+#: Time, level and names in front of a log line: the table has no room for them.
+_LOG_PREFIX = re.compile(r"^.{0,64}?\b(?:DEBUG|INFO|WARNING|ERROR)\b[\s:]*(?:(?:[\w-]+ )?[\w.]+: |[\d: -]*\[\S+\]:? )?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ async def up(plan: Plan, console: Console) -> int:
     cluster = LocalCluster(plan.specs, plan.policy, plan.address, screen.on_event)
     screen.members = cluster.members
     screen.last_line = cluster.last_line
-    console.print(f"[bold]tandem up[/]  {escape(plan.title)}")
+    console.print(f"[bold]tandem up[/]  {escape(plan.title)}", soft_wrap=True)
     console.print(f"logs in {escape(str(plan.run_dir))}", style="dim", soft_wrap=True)
     started = time.monotonic()
     running = asyncio.create_task(cluster.run())
@@ -111,8 +111,7 @@ async def _ask(client: AsyncClient, prompt: str, console: Console) -> None:
         return
     console.print("\n")
     if generation.finished is not None:
-        console.print(show.route(generation.finished), markup=False, highlight=False, soft_wrap=True)
-        console.print(show.latency(generation.finished) + "\n", markup=False, highlight=False, soft_wrap=True)
+        console.print(show.story(generation.finished) + "\n", style="dim", markup=False, soft_wrap=True)
 
 
 def _farewell(plan: Plan, console: Console, outcome: Outcome, screen: _Screen) -> int:
@@ -136,6 +135,8 @@ class _Screen:
         #: A second Ctrl-C came.
         self.forced = False
         self._live: Live | None = None
+        #: The last line of each process that died.
+        self._last_words: dict[str, str] = {}
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -147,7 +148,8 @@ class _Screen:
         ) as self._live:
             yield
         self._live = None
-        self.console.print(self._table())
+        if all(member.state is State.READY for member in self.members.values()):
+            self.console.print(self._table())
 
     def on_event(self, event: Event | Ready) -> None:
         live = self._live is not None
@@ -176,7 +178,11 @@ class _Screen:
     def _died(self, event: Died) -> None:
         then = f"; starting it again in {show.duration(event.restart_in_s)}" if event.restart_in_s is not None else ""
         self._say(event.name, f"died: {event.reason}{then}", "red")
-        for line in event.last_lines[-_LINES_SHOWN:]:
+        lines = event.last_lines[-_LINES_SHOWN:]
+        if lines and lines[-1] == self._last_words.get(event.name):
+            lines = lines[-1:]  # the same again: its story was told
+        self._last_words[event.name] = lines[-1] if lines else ""
+        for line in lines:
             self.console.print(f"    | {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def _say(self, name: str, text: str, style: str = "") -> None:
@@ -184,10 +190,10 @@ class _Screen:
         self.console.print(Text.assemble((f"{name:<{width}}  ", "bold"), (text, style)), soft_wrap=True)
 
     def _table(self) -> Table:
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(justify="right", no_wrap=True)
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
+        table.add_column(width=max(map(len, self.members)))
+        table.add_column(width=max(len(state.value) for state in State) + 2)
+        table.add_column(width=len("59 min 59 s"), justify="right")
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         for member in self.members.values():
             loading, ready = member.state is State.LOADING, member.state is State.READY

@@ -34,7 +34,7 @@ def tandem(*arguments: str, address: str = "", stdin: bytes = b"", **environ: st
 def test_generate_puts_the_answer_on_stdout_and_how_it_came_about_on_stderr(server: Script) -> None:
     done = tandem("generate", "hi", "-n", "7", "--temperature", "0", "--stop", "X", address=server.address)
     assert (done.returncode, done.stdout) == (0, "one two\n")
-    assert "prefill p-0" in done.stderr
+    assert "prefill  p-0" in done.stderr
     assert "first token after 250 ms" in done.stderr
     (request,) = server.requests
     assert (request.text, request.sampling.max_tokens, list(request.sampling.stop)) == ("hi", 7, ["X"])

@@ -37,7 +37,7 @@ def test_sizes_are_said_in_powers_of_1024(count: int, text: str) -> None:
     assert show.size(count) == text
 
 
-def test_a_route_says_who_served_and_what_the_hand_off_cost() -> None:
+def test_a_story_says_who_served_and_what_the_hand_off_cost() -> None:
     finished = Finished(
         reason=FinishReason.LENGTH,
         stop_match="",
@@ -52,8 +52,10 @@ def test_a_route_says_who_served_and_what_the_hand_off_cost() -> None:
             local_prefill=False,
         ),
     )
-    assert show.route(finished) == (
-        "prefill p-0: 100 tokens, 64 of them cached, 12.0 ms  →  hand-off 3.0 ms: 3.0 MiB by nixl in 0.5 ms  →  "
-        "decode d-0: 11 tokens, 10 tokens/s  (1 retry)"
-    )
-    assert show.latency(finished) == "first token after 500 ms, all after 1.5 s, ended by length"
+    assert show.story(finished).splitlines() == [
+        "prefill   p-0     100 tokens, 64 of them cached, in 12.0 ms",
+        "hand-off  3.0 ms  3.0 MiB by nixl, 0.5 ms of it on the move",
+        "decode    d-0     11 tokens at 10 tokens/s",
+        "again     1 leg   run again after a failure",
+        "total     1.5 s   first token after 500 ms, ended by length",
+    ]
