@@ -22,6 +22,9 @@ TANDEM = (sys.executable, "-c", "from tandem.cli import main; main()")
 #: Long enough for two real engines to load on two busy cores.
 READY_TIMEOUT_S = {"sim": 60.0, "vllm": 300.0}
 
+#: Workers report their load so often, see RouterConfig.
+LOAD_REPORT_INTERVAL_S = 1.0
+
 
 def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")}
@@ -142,15 +145,22 @@ def busy(status: ClusterStatus) -> list[str]:
 
 
 async def wait_idle(client: AsyncClient, timeout_s: float = 20.0) -> ClusterStatus:
-    """Shorter than a lease lives by default: what is idle by then was freed, not forgotten until it expired."""
+    """Shorter than a lease lives by default: what is idle by then was freed, not forgotten until it expired. It must
+    stay so for longer than workers' reports of their load are apart."""
     deadline = time.monotonic() + timeout_s
+    idle_since: float | None = None
     while True:
         try:
             status = await client.status(requests=True)
             left = busy(status)
         except TandemError as error:
             left = [str(error)]
-        if not left:
+        now = time.monotonic()
+        if left:
+            idle_since = None
+            assert now < deadline, "\n".join(left)
+        elif idle_since is None:
+            idle_since = now
+        elif now - idle_since > 1.5 * LOAD_REPORT_INTERVAL_S:
             return status
-        assert time.monotonic() < deadline, "\n".join(left)
         await asyncio.sleep(0.1)

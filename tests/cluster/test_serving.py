@@ -93,7 +93,8 @@ async def test_nothing_is_left_after_many_requests_of_which_some_were_cancelled_
         assert outcomes["disconnected"] > REQUESTS // 10
         assert sum(outcomes.values()) == REQUESTS, "an error is not an outcome of a healthy cluster"
         status = await wait_idle(client)
-        assert sum(status.outcomes.values()) >= REQUESTS
+        assert status.outcomes["finished"] >= outcomes["finished"]
+        assert status.outcomes["cancelled"] > REQUESTS // 5, "too few were cancelled after they had reached the router"
         # And what is free can be used.
         await client.generate("x", max_tokens=2, timeout_s=60).result()
 
