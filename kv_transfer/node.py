@@ -14,22 +14,26 @@ The owner of the memory (arena, staging) must keep it mapped until `close` has r
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from kv_transfer import wire
 from kv_transfer.api import Fetched, FetchError, Lane, NodeLimits, NodeStats, Outcome
-from kv_transfer.board import HEADER, Board, RowHeader, new_word
+from kv_transfer.board import Board, new_word
 from kv_transfer.handle import Handle, HandleRefused, check_owner, check_reader
-from kv_transfer.layout import KvLayout, layout_difference
+from kv_transfer.layout import KvLayout
 from kv_transfer.lease import AlreadyUsed, LeaseState, LeaseTable, Transfer, TransferEvent, TransferState, TransferTable
-from kv_transfer.peer import PeerClient, PeerCredentials, PeerRefused, PeerServer, PeerUnreachable
-from kv_transfer.segments import ArenaMap, block_segments, one_segment, pieces
+from kv_transfer.peer import PeerCredentials, PeerServer
+from kv_transfer.roster import MEETINGS, Peer, Roster, Wire
+from kv_transfer.segments import ArenaMap, block_segments, pieces
 from kv_transfer.staging import Staging
 from kv_transfer.transport import (
     ARENA,
@@ -38,18 +42,15 @@ from kv_transfer.transport import (
     PeerGone,
     ReadTimedOut,
     Region,
-    Segments,
     Transport,
     TransportError,
     Unquiesced,
 )
-from kv_transfer.turn import Cancel, Cancelled, Turn
+from kv_transfer.turn import Cancel, Cancelled
 from kv_transfer.wire import PeerFacts
 
 log = logging.getLogger(__name__)
 
-#: Meetings with different peers run side by side, up to this many.
-_MEETINGS = 8
 _CLOSE_GRACE_S = 5.0
 _LOOK_AT_UNQUIET_S = 0.25
 
@@ -59,39 +60,23 @@ class UnknownStaged(KeyError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Wire:
-    """A transport and whose turn it is. Whoever calls the transport holds the turn."""
-
-    transport: Transport
-    turn: Turn
-
-
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    """A met peer, its transport connected."""
-
-    facts: PeerFacts
-    client: PeerClient
-    wire: _Wire
-    lane: Lane
-
-
-@dataclass(frozen=True, slots=True)
-class _Unquiet:
-    """A failed read that may still be writing."""
-
-    wire: _Wire
-    is_quiet: Callable[[], bool]
-
-
-@dataclass(frozen=True, slots=True)
 class _Job:
     """One fetch under way."""
 
     transfer: Transfer
     cancel: Cancel
+    #: Where the owner's row is read into.
     scratch_slot: int
     deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Unquiet:
+    """A failed read that may still be writing: into pages, which are in quarantine, or into a scratch slot."""
+
+    wire: Wire
+    is_quiet: Callable[[], bool]
+    scratch_slot: int | None = None
 
 
 class KvNode:
@@ -121,38 +106,45 @@ class KvNode:
         self.incarnation = incarnation
         self.layout = layout
         self.model = model
+        self.limits = limits or NodeLimits()
         self._layout_digest = layout.digest
-        self._layout_fields = MappingProxyType(layout.as_dict())
         self._secret = secret
         self._host = host
         self._port = port
         self._credentials = credentials
-        self.limits = limits or NodeLimits()
-        self._wires = tuple(_Wire(transport, Turn()) for transport in transports)
-        self._meetings = tuple(Turn() for _ in range(_MEETINGS))
-
-        self._board = Board(self.limits.rows, self.limits.blocks_per_row, self.limits.fetches + _MEETINGS)
+        fetches = self.limits.fetches
+        self._board = Board(self.limits.rows, self.limits.blocks_per_row, scratch_slots=fetches + MEETINGS)
+        self._roster = Roster(
+            name=name,
+            layout=layout,
+            transports=transports,
+            secret=secret,
+            credentials=credentials,
+            limits=self.limits,
+            board=self._board,
+            scratch_slots=range(fetches, fetches + MEETINGS),
+            lend_pages=self._lend_pages,
+        )
+        #: Ends leases at their owners, so that no fetch waits for it.
+        self._courier = ThreadPoolExecutor(1, thread_name_prefix=f"kv-courier-{name}")
         #: Guards everything below. Held for microseconds; never while calling a transport, gRPC or a callback.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._leases = LeaseTable(self._board, new_word, self.limits.lease_ttl_s_max)
         self._transfers = TransferTable(Staging(0), self.limits.used_handles)
         self._jobs: dict[str, _Job] = {}
-        self._scratch_slots = list(range(self.limits.fetches))
-        #: Least recently used first. A name's entry changes only under its wire's turn.
-        self._peers: OrderedDict[str, _Peer] = OrderedDict()
-        self._refusals: OrderedDict[str, Lane] = OrderedDict()
+        self._scratch_slots = list(range(fetches))
+        self._self_tests = itertools.count(1)
         self._outcomes: Counter[Outcome] = Counter()
         self._transfer_bytes = 0
         self._releases_in_flight = 0
         self._releases_lost = 0
-        #: Reads whose pages are in quarantine, by their staged id. At most one per peer that hangs.
+        #: By staged id; at most one for each peer that hangs.
         self._unquiet: dict[str, _Unquiet] = {}
         #: When the housekeeping thread will next look by itself.
         self._looks_at = float("inf")
         self._closed = False
 
-        self._arena: ArenaMap | None = None
         self._server: PeerServer | None = None
         self._on_ended: Callable[[], None] | None = None
         self._housekeeper: threading.Thread | None = None
@@ -180,7 +172,6 @@ class KvNode:
             raise ValueError(problem)
         if self._server is not None or self._closed:
             raise RuntimeError("a node is opened once")
-        self._arena = arena_map
         self._on_ended = on_ended
         self._transfers = TransferTable(Staging(staging_pages), self.limits.used_handles)
         regions = {
@@ -188,7 +179,7 @@ class KvNode:
             STAGING: Region(STAGING, staging.address, staging.nbytes, staging.device),
             BOARD: Region(BOARD, self._board.address, self._board.nbytes),
         }
-        for wire_ in self._wires:
+        for wire_ in self._roster.wires:
             wire_.transport.register(regions)
         self._server = PeerServer(
             host=self._host,
@@ -208,11 +199,11 @@ class KvNode:
             name=self.name,
             incarnation=self.incarnation,
             model=self.model,
-            layout=self._layout_fields,
+            layout=self.layout.as_dict(),
             arena=arena_map,
             board_rows=self._board.rows,
             board_row_bytes=self._board.row_bytes,
-            transports={wire_.transport.name: wire_.transport.export() for wire_ in self._wires},
+            transports={wire_.transport.name: wire_.transport.export() for wire_ in self._roster.wires},
         )
 
     @property
@@ -241,11 +232,8 @@ class KvNode:
             self._server.stop(0.5)
         if self._housekeeper is not None:
             self._housekeeper.join()
-        for peer in self._known_peers():
-            self._forget(peer)
-        for wire_ in self._wires:
-            with wire_.turn.hold():
-                wire_.transport.close()
+        self._courier.shutdown()
+        self._roster.close()
 
     @property
     def closed(self) -> bool:
@@ -362,6 +350,8 @@ class KvNode:
         with self._lock:
             del self._unquiet[read]
             self._transfers.staging.end_quarantine(read)
+            if watched.scratch_slot is not None:
+                self._scratch_slots.append(watched.scratch_slot)
 
     def _tell_ended(self) -> None:
         if self._on_ended is not None:
@@ -470,18 +460,14 @@ class KvNode:
             self._jobs[transfer.staged_id] = job
             return job
 
-    def _end(self, job: _Job) -> None:
-        with self._changed:
-            del self._jobs[job.transfer.staged_id]
-            self._scratch_slots.append(job.scratch_slot)
-            self._changed.notify_all()
-
-    def _fetch(self, handle: Handle, raw: bytes, job: _Job) -> _Peer:
+    def _fetch(self, handle: Handle, raw: bytes, job: _Job) -> Peer:
         """FETCHING to STAGED. Ended otherwise, it has given its pages back and raises FetchError."""
-        peer: _Peer | None = None
+        peer: Peer | None = None
         broken = False
         try:
-            peer = self._meet(handle.owner, handle.owner_address, handle.owner_incarnation, job.deadline, job.cancel)
+            peer = self._roster.meet(
+                handle.owner, handle.owner_address, handle.owner_incarnation, job.deadline, job.cancel
+            )
             self._read_blocks(peer, handle, job)
             self._settle(job, TransferEvent.WORD_HELD)
         except FetchError as error:
@@ -493,73 +479,69 @@ class KvNode:
             raise FetchError(Outcome.FAILED, "cancelled") from cancelled
         except TransportError as error:
             broken = isinstance(error, PeerGone | Unquiesced)
-            self._settle(job, TransferEvent.LOST, quiesced=not isinstance(error, Unquiesced))
             if peer is not None and isinstance(error, Unquiesced):
-                self._watch(job.transfer.staged_id, peer.wire, error)
+                self._abandon(job, _Unquiet(peer.wire, error.is_quiet, job.scratch_slot))
+            else:
+                self._settle(job, TransferEvent.LOST)
             raise FetchError(Outcome.FAILED, str(error)) from error
         except BaseException:
-            # A defect. Nothing is known of what still writes where, so the pages stay out of use for good.
-            self._settle(job, TransferEvent.LOST, quiesced=False)
+            # A defect. Nothing is known of what still writes where, so the memory stays out of use for good.
+            self._abandon(job, None)
             raise
         finally:
             if peer is not None:
                 self._tell_owner(peer, raw)
                 if broken:
-                    self._forget(peer)
+                    self._roster.forget(peer)
         return peer
 
-    def _settle(self, job: _Job, event: TransferEvent, *, quiesced: bool = True) -> None:
+    def _settle(self, job: _Job, event: TransferEvent) -> None:
+        """The fetch's last step: nothing of it writes any more."""
         with self._lock:
             # Whoever cancelled will not come for the pages.
             if event is TransferEvent.WORD_HELD and (job.cancel.is_set() or self._closed):
                 raise Cancelled
-            self._transfers.apply(job.transfer, event, quiesced=quiesced)
+            self._transfers.apply(job.transfer, event)
+            self._scratch_slots.append(job.scratch_slot)
 
-    def _watch(self, read: str, wire_: _Wire, error: Unquiesced) -> None:
-        """Has the housekeeping thread end the quarantine of `read` when it is over."""
+    def _abandon(self, job: _Job, unquiet: _Unquiet | None) -> None:
+        """The fetch's last step when something of it may still write. The housekeeping thread will see when not."""
         with self._changed:
-            self._unquiet[read] = _Unquiet(wire_, error.is_quiet)
+            self._transfers.apply(job.transfer, TransferEvent.LOST, quiesced=False)
+            if unquiet is not None:
+                self._unquiet[job.transfer.staged_id] = unquiet
+                self._changed.notify_all()
+
+    def _end(self, job: _Job) -> None:
+        with self._changed:
+            del self._jobs[job.transfer.staged_id]
             self._changed.notify_all()
 
-    def _read_blocks(self, peer: _Peer, handle: Handle, job: _Job) -> None:
+    def _read_blocks(self, peer: Peer, handle: Handle, job: _Job) -> None:
         """The bytes, then the word. Raises FetchError(STALE) when the word is gone."""
         _check_blocks(handle, peer.facts)
         segments = block_segments(self.layout, peer.facts.arena, handle.block_ids, job.transfer.pages)
         with peer.wire.turn.hold(job.deadline, job.cancel):
             for piece in pieces(segments, self.limits.piece_bytes):
                 job.cancel.check()
-                self._read(peer, piece, job.deadline)
+                peer.wire.read(peer.facts.name, piece, job.deadline)
             job.cancel.check()
             with self._lock:
                 self._transfers.apply(job.transfer, TransferEvent.BYTES_IN)
-            header = self._read_row(peer, handle.row, job.scratch_slot, job.deadline)
+            header = peer.wire.read_row(peer.facts, handle.row, self._board, job.scratch_slot, job.deadline)
         if header.word != handle.word:
             raise FetchError(Outcome.STALE, f"the lease of {handle.transfer_id} ended before its bytes were in")
         if header.tokens_ready < handle.tokens:
             raise FetchError(Outcome.FAILED, f"{header.tokens_ready} of {handle.tokens} tokens are computed")
 
-    def _read(self, peer: _Peer, segments: Segments, deadline: float) -> None:
-        _read(peer.wire.transport, peer.facts.name, segments, deadline)
-
-    def _read_row(self, peer: _Peer, row: int, scratch_slot: int, deadline: float) -> RowHeader:
-        return self._row_header(peer.wire.transport, peer.facts, row, scratch_slot, deadline)
-
-    def _row_header(
-        self, transport: Transport, facts: PeerFacts, row: int, scratch_slot: int, deadline: float
-    ) -> RowHeader:
-        remote = row * facts.board_row_bytes
-        local = self._board.scratch_offset(scratch_slot)
-        _read(transport, facts.name, one_segment(BOARD, remote, BOARD, local, HEADER.size), deadline)
-        return self._board.scratch_header(scratch_slot)
-
-    def _tell_owner(self, peer: _Peer, handle: bytes) -> None:
+    def _tell_owner(self, peer: Peer, handle: bytes) -> None:
         """Ends the lease at its owner. Off the critical path, and allowed to get lost: then the lease expires."""
         with self._lock:
             room = self._releases_in_flight < self.limits.releases_in_flight
             self._releases_in_flight += room
             self._releases_lost += not room
         if room:
-            peer.client.release(handle, self.limits.release_timeout_s, self._owner_told)
+            self._courier.submit(peer.client.release, handle, self.limits.release_timeout_s, self._owner_told)
 
     def _owner_told(self, arrived: bool) -> None:
         with self._lock:
@@ -571,126 +553,23 @@ class KvNode:
             self._outcomes[outcome] += 1
             self._transfer_bytes += nbytes
 
-    # -------------------------------------------------------------------------------------------------------- peers
-
     def connect(self, *, peer: str, address: str) -> Lane:
         """Meets a peer before the first fetch needs it. What keeps the two apart is in the lane's `refusal`."""
-        deadline = time.monotonic() + self.limits.meet_timeout_s
+        return self._roster.connect(peer, address, time.monotonic() + self.limits.meet_timeout_s)
+
+    @contextmanager
+    def _lend_pages(self, wire_: Wire, wanted: int) -> Iterator[Sequence[int]]:
+        """Pages for a self-test: those of a transfer that is never confirmed."""
+        with self._lock:
+            count = min(wanted, self._transfers.staging.free)
+            transfer = self._transfers.begin(f"self-test {next(self._self_tests)}", count)
         try:
-            return self._meet(peer, address, None, deadline, None).lane
-        except (FetchError, TransportError) as error:
-            refusal = error.detail if isinstance(error, FetchError) else str(error)
-        lane = Lane(peer=peer, refusal=refusal)
-        with self._lock:
-            self._refusals[peer] = lane
-            while len(self._refusals) > self.limits.peers:
-                self._refusals.popitem(last=False)
-        return lane
-
-    def _meet(self, name: str, address: str, incarnation: str | None, deadline: float, cancel: Cancel | None) -> _Peer:
-        """The peer, connected; in the given incarnation, if one is given.
-
-        Raises FetchError (REFUSED: never; FAILED: not now; STALE: that incarnation is over), TransportError, Cancelled.
-        """
-        if (known := self._find_peer(name, incarnation)) is not None:
-            return known
-        stripe = hash(name) % _MEETINGS
-        with self._meetings[stripe].hold(deadline, cancel):
-            if (known := self._find_peer(name, incarnation)) is not None:
-                return known
-            client = PeerClient(address, secret=self._secret, credentials=self._credentials)
-            try:
-                peer = self._introduce(name, address, incarnation, client, deadline, self.limits.fetches + stripe)
-            except BaseException:
-                client.close()
-                raise
-            if peer.client is not client:
-                client.close()
-            return peer
-
-    def _find_peer(self, name: str, incarnation: str | None) -> _Peer | None:
-        with self._lock:
-            peer = self._peers.get(name)
-            if peer is None or incarnation is None or peer.facts.incarnation != incarnation:
-                return None
-            self._peers.move_to_end(name)
-            return peer
-
-    def _introduce(
-        self, name: str, address: str, incarnation: str | None, client: PeerClient, deadline: float, scratch_slot: int
-    ) -> _Peer:
-        facts = self._describe(name, address, client, deadline)
-        if incarnation is not None and facts.incarnation != incarnation:
-            raise FetchError(Outcome.STALE, f"{name} has restarted: its incarnation {incarnation} is over")
-        if (known := self._find_peer(name, facts.incarnation)) is not None:
-            return known
-        with self._lock:
-            former = self._peers.get(name)
-        if former is not None:
-            self._forget(former)
-        peer = self._wire_up(facts, client, deadline, scratch_slot)
-        log.info("%s: met %s, %s at %.2f GB/s", self.name, name, peer.lane.transport, peer.lane.gigabytes_per_s)
-        self._forget_oldest()
-        return peer
-
-    def _describe(self, name: str, address: str, client: PeerClient, deadline: float) -> PeerFacts:
-        timeout_s = min(deadline - time.monotonic(), self.limits.meet_timeout_s)
-        try:
-            facts = client.describe(self.name, max(timeout_s, 0.001))
-        except PeerRefused as error:
-            raise FetchError(Outcome.REFUSED, str(error)) from error
-        except PeerUnreachable as error:
-            raise FetchError(Outcome.FAILED, f"{name} can't be reached: {error}") from error
-        if facts.name != name:
-            raise FetchError(Outcome.FAILED, f"at {address} there is {facts.name!r}, not {name!r}")
-        difference = layout_difference(self._layout_fields, facts.layout)
-        if difference:
-            raise FetchError(Outcome.REFUSED, f"the layout of {name} differs: {difference}")
-        return facts
-
-    def _wire_up(self, facts: PeerFacts, client: PeerClient, deadline: float, scratch_slot: int) -> _Peer:
-        """Connects by the first transport that works; `self._peers` knows the peer afterwards."""
-        ours = [wire_ for wire_ in self._wires if wire_.transport.name in facts.transports]
-        if not ours:
-            here = ", ".join(wire_.transport.name for wire_ in self._wires)
-            there = ", ".join(sorted(facts.transports))
-            raise FetchError(Outcome.REFUSED, f"no transport in common with {facts.name}: {here} here, {there} there")
-        failures = []
-        for wire_ in ours:
-            transport = wire_.transport
-            with wire_.turn.hold(deadline):
-                try:
-                    transport.connect(facts.name, facts.incarnation, facts.transports[transport.name])
-                    speed = self._self_test(wire_, facts, scratch_slot, deadline)
-                except TransportError as error:
-                    transport.disconnect(facts.name)
-                    failures.append(f"{transport.name}: {error}")
-                    continue
-                lane = Lane(peer=facts.name, transport=transport.name, gigabytes_per_s=speed)
-                peer = _Peer(facts, client, wire_, lane)
-                with self._lock:
-                    self._peers[facts.name] = peer
-                    self._refusals.pop(facts.name, None)
-                return peer
-        raise FetchError(Outcome.FAILED, f"{facts.name} can't be read: {'; '.join(failures)}")
-
-    def _self_test(self, wire_: _Wire, facts: PeerFacts, scratch_slot: int, deadline: float) -> float:
-        """Reads the peer's board and some of its arena, as every fetch will; GB/s, or 0 without staging room for it.
-
-        The pages are a transfer's that is never confirmed.
-        """
-        self._row_header(wire_.transport, facts, 0, scratch_slot, deadline)
-        wanted = -(-self.limits.self_test_bytes // self.layout.block_bytes)
-        name = f"self-test {facts.name} {facts.incarnation} {time.monotonic_ns()}"
-        with self._lock:
-            blocks = min(wanted, facts.arena.blocks, self._transfers.staging.free)
-            transfer = self._transfers.begin(name, blocks)
-        try:
-            speed = self._measure(wire_.transport, facts, transfer.pages, deadline) if blocks else 0.0
+            yield transfer.pages
         except Unquiesced as error:
-            with self._lock:
+            with self._changed:
                 self._transfers.apply(transfer, TransferEvent.LOST, quiesced=False)
-            self._watch(name, wire_, error)
+                self._unquiet[transfer.staged_id] = _Unquiet(wire_, error.is_quiet)
+                self._changed.notify_all()
             raise
         except BaseException:
             with self._lock:
@@ -698,42 +577,11 @@ class KvNode:
             raise
         with self._lock:
             self._transfers.apply(transfer, TransferEvent.CANCEL)
-        return speed
-
-    def _measure(self, transport: Transport, facts: PeerFacts, pages: Sequence[int], deadline: float) -> float:
-        segments = block_segments(self.layout, facts.arena, range(len(pages)), pages)
-        took_s = []
-        for _ in range(3):  # the first wires the connection up
-            began = time.perf_counter()
-            for piece in pieces(segments, self.limits.piece_bytes):
-                _read(transport, facts.name, piece, deadline)
-            took_s.append(time.perf_counter() - began)
-        return segments.nbytes / min(took_s) / 1e9
-
-    def _forget(self, peer: _Peer) -> None:
-        """Disconnects a peer, unless it has been replaced meanwhile."""
-        name = peer.facts.name
-        with peer.wire.turn.hold():
-            with self._lock:
-                if self._peers.get(name) is not peer:
-                    return
-                del self._peers[name]
-            peer.wire.transport.disconnect(name)
-        peer.client.close()
-
-    def _forget_oldest(self) -> None:
-        with self._lock:
-            oldest = next(iter(self._peers.values())) if len(self._peers) > self.limits.peers else None
-        if oldest is not None:
-            self._forget(oldest)
-
-    def _known_peers(self) -> list[_Peer]:
-        with self._lock:
-            return list(self._peers.values())
 
     # -------------------------------------------------------------------------------------------------------- status
 
     def stats(self) -> NodeStats:
+        lanes = self._roster.lanes
         with self._lock:
             leases, transfers = self._leases, self._transfers
             ended = leases.counts.ended
@@ -753,7 +601,7 @@ class KvNode:
                 fetch_outcomes=MappingProxyType(dict(self._outcomes)),
                 transfer_bytes_total=self._transfer_bytes,
                 releases_lost_total=self._releases_lost,
-                lanes=(*(peer.lane for peer in self._peers.values()), *self._refusals.values()),
+                lanes=lanes,
             )
 
     def check_integrity(self) -> None:
@@ -761,7 +609,7 @@ class KvNode:
         with self._lock:
             self._leases.check_integrity()
             self._transfers.check_integrity()
-            assert len(self._scratch_slots) + len(self._jobs) == self.limits.fetches
+            assert len(set(self._scratch_slots)) == len(self._scratch_slots), "two fetches with one scratch slot"
 
 
 def _check_blocks(handle: Handle, facts: PeerFacts) -> None:
@@ -769,10 +617,3 @@ def _check_blocks(handle: Handle, facts: PeerFacts) -> None:
         raise FetchError(Outcome.REFUSED, f"row {handle.row} of a board with {facts.board_rows}")
     if max(handle.block_ids) >= facts.arena.blocks:
         raise FetchError(Outcome.REFUSED, f"block {max(handle.block_ids)} of an arena with {facts.arena.blocks}")
-
-
-def _read(transport: Transport, peer: str, segments: Segments, deadline: float) -> None:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise ReadTimedOut("the deadline passed before all bytes were in")
-    transport.read(peer, segments, left)

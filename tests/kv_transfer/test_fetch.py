@@ -507,3 +507,20 @@ def test_a_read_of_the_board_is_all_that_a_fetch_adds(owner, reader):
     reader.node.discard(reader.node.fetch(owner.offer(), 5.0).staged_id)
     assert regions[-1] == BOARD
     assert set(regions[:-1]) == {ARENA}
+
+
+def test_a_read_of_the_word_that_may_go_on_keeps_its_scratch_too(world, owner):
+    """Late bytes there could be a word that has ended meanwhile, and confirm another fetch."""
+    reader = world.open("d", limits=NodeLimits(fetches=1, self_test_bytes=1))
+    reader.node.connect(peer="p", address=owner.node.address)
+    over = threading.Event()
+
+    def hang() -> None:
+        raise Unquiesced("hangs", over.is_set)
+
+    reader.during_read(hang, region=BOARD)
+    fetch_fails(reader, owner.offer(), Outcome.FAILED)
+    fetch_fails(reader, owner.offer("u"), Outcome.FULL)
+    over.set()
+    eventually(lambda: reader.node.stats().quarantined_pages == 0)
+    reader.node.discard(reader.node.fetch(owner.offer("v"), 5.0).staged_id)

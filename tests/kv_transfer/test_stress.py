@@ -148,7 +148,7 @@ def test_waiting_fetches_are_served_in_the_order_they_came(world: World) -> None
         fetches = []
         for block in (9, 3, 7, 1):
             fetches.append(threads.submit(reader.node.fetch, owner.offer(f"t{block}", [block]), 10.0))
-            eventually(lambda: len(reader.node._wires[0].turn._queue) == len(fetches))  # noqa: B023
+            eventually(lambda: len(reader.node._roster.wires[0].turn._queue) == len(fetches))  # noqa: B023
         assert first_in.wait(10)
         go_on.set()
         for fetch in fetches:
