@@ -1,0 +1,106 @@
+"""A router and its workers as processes of their own, for as long as a benchmark needs them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from engine.base import EngineOptions
+from router import config as router_config
+from router.config import RouterConfig
+from tandem import Client, TandemError
+from worker import config as worker_config
+from worker.config import LogSettings, Role, WorkerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "models" / "tandem-nano"
+START_TIMEOUT_S = 300.0
+
+
+class DidNotStart(Exception):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    address: str
+    #: By name, "router" among them.
+    pids: Mapping[str, int]
+
+
+@contextmanager
+def cluster(
+    name: str,
+    roles: Sequence[Role],
+    options: EngineOptions,
+    *,
+    engine: str,
+    logs: Path,
+    router: RouterConfig | None = None,
+) -> Iterator[Cluster]:
+    """Worker i has role i. Returns at once; `wait_ready` waits, so that several clusters can load side by side."""
+    logs.mkdir(parents=True, exist_ok=True)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    config = router or RouterConfig(
+        model_dir=options.model, model_name=options.served_model_name, port=0, log_level="WARNING"
+    )
+    try:
+        running["router"] = _start("router", router_config.to_json(config), logs / f"{name}-router.log")
+        address = f"127.0.0.1:{_port(running['router'])}"
+        for number, role in enumerate(roles):
+            worker_id = f"{name}-{role.value}-{number}"
+            told = WorkerConfig(
+                role=role,
+                routers=(address,),
+                engine=engine,
+                engine_options=replace(options, name=worker_id),
+                log=LogSettings(level="WARNING"),
+            )
+            running[worker_id] = _start("worker", worker_config.to_json(told), logs / f"{worker_id}.log")
+        yield Cluster(address, {name: process.pid for name, process in running.items()})
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+
+
+def wait_ready(found: Cluster, workers: int, timeout_s: float = START_TIMEOUT_S) -> None:
+    """Until so many workers are linked."""
+    give_up = time.monotonic() + timeout_s
+    with Client(found.address) as client:
+        while time.monotonic() < give_up:
+            with suppress(TandemError):
+                if len(client.status().workers) >= workers:
+                    return
+            time.sleep(0.2)
+    raise DidNotStart(f"{workers} workers did not link within {timeout_s:g} s; see the logs")
+
+
+def _start(module: str, config: bytes, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, "-"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output
+        )
+    assert process.stdin is not None
+    process.stdin.write(config)
+    process.stdin.close()
+    return process
+
+
+def _port(router: subprocess.Popen[bytes]) -> int:
+    stdout: IO[bytes] | None = router.stdout
+    line = stdout.readline() if stdout is not None else b""
+    if not line:
+        raise DidNotStart("the router did not start; see its log")
+    return int(msgspec.json.decode(line)["port"])
