@@ -1,0 +1,48 @@
+"""How long computing and moving a prompt takes, from coefficients of the hardware at hand.
+
+The coefficients are values from configuration (a fit to measured kernels, or to this cluster's own steps). Without
+any, times are counted in prompt tokens, which orders workers as well as one can without knowing their speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepModel:
+    """A prefill of u uncached tokens of a prompt of n takes
+    `prefill_s + u * prefill_s_per_token + (n^2 - (n - u)^2) * prefill_s_per_pair`."""
+
+    prefill_s: float = 0.0
+    prefill_s_per_token: float = 1.0
+    prefill_s_per_pair: float = 0.0
+    kv_bytes_per_token: int = 0
+    #: A hand-off's fixed part, and its rate where no lane has been measured.
+    transfer_s: float = 0.0
+    transfer_bytes_per_s: float = 1e10
+    #: By how much a decode worker may delay those it decodes for, to compute a prompt itself rather than have it
+    #: computed elsewhere and fetched.
+    stall_s_max: float = 0.0
+
+    def compute_s(self, uncached_tokens: int, prompt_tokens: int) -> float:
+        before = prompt_tokens - uncached_tokens
+        pairs = prompt_tokens * prompt_tokens - before * before
+        return self.prefill_s + self.prefill_s_per_token * uncached_tokens + self.prefill_s_per_pair * pairs
+
+    def queue_s(self, tokens: int) -> float:
+        """Until this many tokens before it are computed."""
+        return self.prefill_s_per_token * tokens
+
+    def move_s(self, prompt_tokens: int, gigabytes_per_s: float = 0.0) -> float:
+        rate = gigabytes_per_s * 1e9 or self.transfer_bytes_per_s
+        return self.transfer_s + prompt_tokens * self.kv_bytes_per_token / rate
+
+    def may_stall(self, uncached_tokens: int, prompt_tokens: int) -> bool:
+        """True when this is short enough for a decode worker to compute between its own steps. The step's fixed part
+        is paid by the decodes anyway."""
+        return self.compute_s(uncached_tokens, prompt_tokens) - self.prefill_s <= self.stall_s_max
+
+
+#: Nothing is known: no prompt is worth computing at a decode worker that could be computed elsewhere.
+UNKNOWN = StepModel()
