@@ -92,10 +92,12 @@ async def test_cancelling_stops_the_read_and_leaves_nothing(beside: Beside) -> N
     fetch.cancel()
     with pytest.raises(asyncio.CancelledError):
         await fetch
+    (job,) = beside.reader.node._jobs.values()
+    await asyncio.to_thread(eventually, job.cancel.is_set)
     go_on.set()
     await asyncio.to_thread(eventually, lambda: pages_free(beside))
     await asyncio.to_thread(eventually, lambda: beside.owner.node.take_ended() == ["t"])
-    assert beside.reader.node.stats().fetch_outcomes == {Outcome.FAILED: 1}
+    await asyncio.to_thread(eventually, lambda: beside.reader.node.stats().fetch_outcomes == {Outcome.FAILED: 1})
     await client.close()
 
 

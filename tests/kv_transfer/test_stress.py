@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +15,7 @@ from kv_transfer.turn import Cancel
 from tests.kv_transfer.memory import write_block
 from tests.kv_transfer.nodes import Party, World, eventually
 
-BLOCKS, HAND_OFFS, READERS = 32, 400, 6
+BLOCKS, HAND_OFFS, READERS = 32, 420, 6
 
 
 class Prefill:
@@ -71,16 +71,12 @@ def test_no_wrong_byte_is_staged_and_nothing_leaks(world: World) -> None:
     reader.inproc.hook = _slow_down(random.Random(seed + 1))
     outcomes: Counter[Outcome] = Counter()
     wrong: list[str] = []
-    left = deque(range(HAND_OFFS))
 
     def work(number: int) -> None:
         random_ = random.Random(seed + 2 + number)
-        while left:
-            offered = prefill.hand_off()
-            if offered is None:
+        for _ in range(HAND_OFFS // READERS):
+            while (offered := prefill.hand_off()) is None:
                 time.sleep(0.001)
-                continue
-            left.popleft()
             handle, content = offered
             outcomes[_fetch(reader, handle, content, random_, wrong)] += 1
 
