@@ -26,7 +26,7 @@ import time
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
@@ -60,6 +60,8 @@ class RestartPolicy:
     backoff_max_s: float = 10.0
     #: Deaths in a row that are answered with a restart. The row ends once a child has been ready for `settled_s`.
     restarts_max: int = 5
+    #: The same for a child that has never been ready: more likely a wrong setting than bad luck.
+    first_restarts_max: int = 2
     settled_s: float = 10.0
     #: From SIGTERM to SIGKILL, for each stage.
     stop_grace_s: float = 15.0
@@ -67,7 +69,7 @@ class RestartPolicy:
     def __post_init__(self) -> None:
         found = [
             f"{name}: must not be negative, is {value}"
-            for name in ("backoff_first_s", "backoff_max_s", "restarts_max", "settled_s", "stop_grace_s")
+            for name in (field.name for field in fields(self))
             if not 0 <= (value := getattr(self, name)) < float("inf")
         ]
         if self.backoff_first_s > self.backoff_max_s:
@@ -131,11 +133,13 @@ class Restarts:
     def __init__(self, policy: RestartPolicy) -> None:
         self._policy = policy
         self._ready_since: float | None = None
+        self._ever_ready = False
         self.deaths = 0
 
     def ready(self, now: float) -> None:
         if self._ready_since is None:
             self._ready_since = now
+            self._ever_ready = True
 
     def died(self, now: float) -> float | None:
         """Seconds to wait before the next start, or None when the budget is spent."""
@@ -143,7 +147,7 @@ class Restarts:
             self.deaths = 0
         self._ready_since = None
         self.deaths += 1
-        if self.deaths > self._policy.restarts_max:
+        if self.deaths > (self._policy.restarts_max if self._ever_ready else self._policy.first_restarts_max):
             return None
         return min(self._policy.backoff_first_s * 2.0 ** (self.deaths - 1), self._policy.backoff_max_s)
 

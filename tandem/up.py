@@ -9,7 +9,7 @@ import asyncio
 import re
 import signal
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,7 @@ async def up(plan: Plan, console: Console) -> int:
     cluster = LocalCluster(plan.specs, plan.policy, plan.address, screen.on_event)
     screen.members = cluster.members
     screen.last_line = cluster.last_line
+    screen.logs = {spec.name: spec.log for spec in plan.specs}
     console.print(f"[bold]tandem up[/]  {escape(plan.title)}", soft_wrap=True)
     console.print(f"logs in {escape(str(plan.run_dir))}", style="dim", soft_wrap=True)
     started = time.monotonic()
@@ -131,7 +132,8 @@ class _Screen:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.members: dict[str, Member] = {}
-        self.last_line = lambda name: ""
+        self.logs: dict[str, Path] = {}
+        self.last_line: Callable[[str], str] = lambda name: ""
         #: A second Ctrl-C came.
         self.forced = False
         self._live: Live | None = None
@@ -167,7 +169,7 @@ class _Screen:
             case GaveUp(name=name, deaths=deaths, final=final):
                 what = f"died {deaths} times in a row" if deaths > 1 else "died"
                 rest = "nobody is left in its place" if final else "the others go on"
-                self._say(name, f"{what}; given up, {rest}", "bold red")
+                self._say(name, f"{what}; given up, {rest}. Its log: {self.logs[name]}", "bold red")
             case Stopped(name=name, killed=killed):
                 if not live:
                     self._say(name, "killed" if killed else "stopped")

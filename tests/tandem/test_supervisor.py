@@ -25,7 +25,9 @@ from tandem.supervisor import (
     Supervisor,
 )
 
-QUICK = RestartPolicy(backoff_first_s=0.02, backoff_max_s=0.1, restarts_max=2, settled_s=0.0, stop_grace_s=10.0)
+QUICK = RestartPolicy(
+    backoff_first_s=0.02, backoff_max_s=0.1, restarts_max=4, first_restarts_max=2, settled_s=0.0, stop_grace_s=10.0
+)
 
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 STUBBORN = (
@@ -251,7 +253,13 @@ def test_children_and_grandchildren_do_not_outlive_a_killed_supervisor(tmp_path:
 
 def test_backoff_doubles_up_to_its_cap_and_the_budget_ends() -> None:
     restarts = Restarts(RestartPolicy(backoff_first_s=1.0, backoff_max_s=5.0, restarts_max=5))
+    restarts.ready(0.0)
     assert [restarts.died(float(now)) for now in range(6)] == [1.0, 2.0, 4.0, 5.0, 5.0, None]
+
+
+def test_a_child_that_was_never_ready_has_fewer_restarts() -> None:
+    restarts = Restarts(RestartPolicy(backoff_first_s=1.0, restarts_max=5, first_restarts_max=1))
+    assert [restarts.died(float(now)) for now in range(2)] == [1.0, None]
 
 
 def test_only_a_child_that_was_ready_long_enough_earns_its_budget_back() -> None:
