@@ -64,6 +64,8 @@ def check_reader(handle: Handle, *, reader: str, model: str, layout_digest: str,
         raise HandleRefused(f"the handle is for model {handle.model!r}, this node holds {model!r}")
     if handle.layout_digest != layout_digest:
         raise HandleRefused(f"layout {handle.layout_digest} there, {layout_digest} here")
+    if not handle.word:
+        raise HandleRefused("the handle names no lease word: every empty row would confirm it")
     blocks = -(-handle.tokens // block_tokens)
     if not handle.block_ids or len(handle.block_ids) != blocks:
         raise HandleRefused(f"{handle.tokens} tokens are {blocks} blocks, the handle names {len(handle.block_ids)}")

@@ -354,8 +354,12 @@ class KvNode:
                 self._scratch_slots.append(watched.scratch_slot)
 
     def _tell_ended(self) -> None:
-        if self._on_ended is not None:
+        if self._on_ended is None:
+            return
+        try:
             self._on_ended()
+        except Exception:  # leases must go on ending, also for a scheduler that is gone
+            log.exception("%s: on_ended failed", self.name)
 
     # ----------------------------------------------------------------------------------------------------- the reader
 

@@ -110,6 +110,11 @@ def test_a_handle_for_any_reader_is_good_for_each():
     check_reader(dataclasses.replace(HANDLE, reader=""), **(GOOD | {"reader": "decode-9"}))
 
 
+def test_a_word_that_every_empty_row_shows_is_refused():
+    with pytest.raises(HandleRefused, match="no lease word"):
+        check_reader(dataclasses.replace(HANDLE, word=0), **GOOD)
+
+
 def test_a_handle_of_nothing_is_refused():
     with pytest.raises(HandleRefused, match="0 blocks"):
         check_reader(dataclasses.replace(HANDLE, tokens=0, block_ids=()), **GOOD)

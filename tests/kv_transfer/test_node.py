@@ -27,6 +27,17 @@ def test_a_lease_ends_on_time_though_the_engine_is_idle(world: World) -> None:
     assert owner.node.take_ended() == ["t"]
 
 
+def test_a_scheduler_that_cannot_be_woken_does_not_stop_leases_from_ending(world: World) -> None:
+    def gone() -> None:
+        raise RuntimeError("Event loop is closed")
+
+    owner = world.open("p", on_ended=gone)
+    owner.offer("a", ttl_s=0.02)
+    eventually(lambda: owner.node.take_ended() == ["a"])
+    owner.offer("b", ttl_s=0.02)
+    eventually(lambda: owner.node.stats().leases_expired_total == 2)
+
+
 def test_a_shorter_lease_offered_later_ends_first(world: World) -> None:
     owner = world.open("p")
     owner.offer("long", ttl_s=30)
