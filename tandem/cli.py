@@ -216,16 +216,16 @@ def status(
     with _errors_in_one_line(as_json=json_), Client(target) as client:
         first = client.status(requests=True)
         if json_ or not watch:
-            print(_json(first)) if json_ else console.print(show.status(first, target))
+            print(_json(first)) if json_ else console.print(show.status(first, target, console.width))
             while watch:
                 time.sleep(interval)
                 print(_json(client.status(requests=True)), flush=True)
             return
-        with Live(show.status(first, target), console=console, screen=console.is_terminal) as live:
+        with Live(show.status(first, target, console.width), console=console, screen=console.is_terminal) as live:
             while True:
                 time.sleep(interval)
                 try:
-                    live.update(show.status(client.status(requests=True), target), refresh=True)
+                    live.update(show.status(client.status(requests=True), target, console.width), refresh=True)
                 except errors.Unavailable as error:  # it may be restarting: keep looking
                     live.update(f"{target}: {error.message}", refresh=True)
 

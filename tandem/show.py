@@ -8,6 +8,9 @@ from rich.text import Text
 
 from tandem.values import ClusterStatus, Finished, RequestStatus, WorkerStatus
 
+_WIDE = 110
+_REQUESTS_SHOWN = 20
+
 _STATE_STYLES = {"ready": "green", "joining": "yellow", "draining": "yellow"}
 
 
@@ -67,51 +70,55 @@ def _rate(finished: Finished) -> str:
     return f" at {tokens / seconds:,.0f} tokens/s" if tokens > 0 and seconds > 0 else ""
 
 
-def status(cluster: ClusterStatus, address: str) -> RenderableType:
+def status(cluster: ClusterStatus, address: str, width: int = 80) -> RenderableType:
+    """For a terminal `width` columns wide; what is of less interest is left out of a narrow one."""
+    wide = width >= _WIDE
     parts: list[RenderableType] = [_headline(cluster, address)]
     if cluster.workers:
-        parts.append(_workers(cluster.workers))
+        parts.append(_workers(cluster.workers, wide=wide))
         parts.append(_lanes(cluster.workers))
     else:
         parts.append(Text("no workers have joined", style="yellow"))
     if cluster.requests:
-        parts.append(_requests(cluster.requests))
+        parts.append(_requests(cluster.requests, wide=wide))
     return Group(*parts)
 
 
 def _headline(cluster: ClusterStatus, address: str) -> Text:
+    models = ", ".join(sorted({worker.model for worker in cluster.workers}))
     outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(cluster.outcomes.items()) if count)
-    text = Text()
-    text.append(address, style="bold")
-    text.append(f"  up {duration(cluster.uptime_s)}  ·  router {cluster.router_id}\n")
-    text.append(f"requests: {cluster.requests_running:,} running, {cluster.requests_queued:,} queued")
-    text.append(f"; ended: {outcomes}" if outcomes else "; none ended yet")
+    text = Text(f"{cluster.router_id} at {address}", style="bold")
+    text.append(f", up {duration(cluster.uptime_s)}" + (f", serving {models}" if models else ""), style="not bold")
+    text.append(
+        f"\nrequests: {cluster.requests_running:,} running, {cluster.requests_queued:,} queued; "
+        f"ended: {outcomes or 'none yet'}",
+        style="not bold",
+    )
     return text
 
 
-def _workers(workers: tuple[WorkerStatus, ...]) -> Table:
+def _workers(workers: tuple[WorkerStatus, ...], *, wide: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in ("worker", "role", "state", "model", "engine"):
-        table.add_column(column, no_wrap=column != "model")
-    for column in ("prefill", "decode", "KV blocks", "leases", "staged", "moved", "pid"):
+    for column in ("worker", "role", "state", "engine"):
+        table.add_column(column, no_wrap=True)
+    for column in ("prefill", "decode", "KV blocks", "leases", *(("staged", "moved", "pid") if wide else ())):
         table.add_column(column, justify="right", no_wrap=True)
     for worker in sorted(workers, key=lambda worker: worker.worker_id):
         load = worker.load
-        moved = size(load.transfer_bytes_total)
-        table.add_row(
+        row = [
             worker.worker_id,
             worker.role.value if worker.role else "?",
             Text(worker.state, style=_STATE_STYLES.get(worker.state, "red")),
-            worker.model,
             worker.engine,
             f"{worker.prefill_legs}/{worker.prefill_legs_max}",
             f"{worker.decode_legs}/{worker.decode_legs_max}",
             f"{load.kv_blocks_total - load.kv_blocks_free:,}/{load.kv_blocks_total:,}",
             f"{load.leases_held:,}",
-            f"{load.staged_pages:,}",
-            f"{moved}, {load.transfer_failures_total:,} failed" if load.transfer_failures_total else moved,
-            str(worker.pid),
-        )
+        ]
+        if wide:
+            failed = f", {load.transfer_failures_total:,} failed" if load.transfer_failures_total else ""
+            row += [f"{load.staged_pages:,}", size(load.transfer_bytes_total) + failed, str(worker.pid)]
+        table.add_row(*row)
     return table
 
 
@@ -128,16 +135,16 @@ def _lanes(workers: tuple[WorkerStatus, ...]) -> Text:
     return Text("\n").join(lines)
 
 
-def _requests(requests: tuple[RequestStatus, ...]) -> Table:
+def _requests(requests: tuple[RequestStatus, ...], *, wide: bool) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in ("request", "tenant", "state", "prefill", "decode"):
+    for column in ("request", *(("tenant",) if wide else ()), "state", "prefill", "decode"):
         table.add_column(column, no_wrap=True)
     for column in ("age", "prompt", "answer"):
         table.add_column(column, justify="right", no_wrap=True)
-    for request in requests:
+    for request in requests[:_REQUESTS_SHOWN]:
         table.add_row(
-            request.request_id,
-            request.tenant,
+            request.request_id if wide else request.request_id[:12],
+            *((request.tenant,) if wide else ()),
             request.state,
             request.prefill_worker,
             request.decode_worker,
@@ -145,4 +152,5 @@ def _requests(requests: tuple[RequestStatus, ...]) -> Table:
             f"{request.prompt_tokens:,}",
             f"{request.completion_tokens:,}",
         )
-    return table
+    more = len(requests) - _REQUESTS_SHOWN
+    return Group(table, Text(f"and {more:,} more", style="dim")) if more > 0 else table
