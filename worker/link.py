@@ -54,6 +54,7 @@ class RouterLink:
                     await self._serve(stream)
             except* LinkLost as lost:
                 log.warning("router %s: %s", self.address, "; ".join(str(error) for error in lost.exceptions))
+            _heed_cancel()
             await self._pause(self._backoff.next_s())
 
     def close(self) -> None:
@@ -119,20 +120,17 @@ class RouterLink:
             raise LinkLost("the router closed")
 
     async def _send(self, stream: Stream, outbox: Outbox) -> None:
-        """Returns when the link is closing and nothing waits."""
-        while True:
+        """Returns when the link is closing, and all has left that was put in before."""
+        closing = False
+        while not closing:
             await outbox.wait()
-            sent = outbox.take()
-            for message in sent:
+            closing = self._closing.is_set()
+            for message in outbox.take():
                 try:
                     async with asyncio.timeout(self._settings.dead_after_s):
                         await _write(stream, message)
                 except TimeoutError:
                     raise LinkLost(f"the router read nothing for {self._settings.dead_after_s} s") from None
-            if self._closing.is_set():
-                if not sent:
-                    return
-                outbox.wake()
 
     async def _finish(self, stream: Stream, receiving: asyncio.Task[None]) -> None:
         """Half-closes, and gives the router a moment to read the last messages and close its half."""
@@ -145,6 +143,14 @@ class RouterLink:
         while True:
             await self._worker.report(outbox)
             await asyncio.sleep(interval_s)
+
+
+def _heed_cancel() -> None:
+    """A task group whose child fails as it is cancelled raises the failure alone (before Python 3.13), and the cancel
+    would be forgotten."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def _watch(outbox: Outbox) -> None:

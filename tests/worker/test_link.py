@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import grpc
@@ -13,9 +14,14 @@ from decode.admission import DecodeLimits
 from engine.base import FailureKind, LegError
 from protos import worker_link_pb2 as pb
 from tests.worker.running import RunningWorker, running_worker, worker_config
-from tests.worker.scripted_engine import ScriptedEngine, transfer_failed
+from tests.worker.scripted_engine import INFO, ScriptedEngine, transfer_failed
 from tests.worker.scripted_router import Link, ScriptedRouter, sampling, scripted_router
+from worker import messages
 from worker.config import Role
+from worker.link import RouterLink
+from worker.metrics import WorkerMetrics
+from worker.outbox import Outbox
+from worker.service import Identity, ProtocolError, WorkerService
 
 
 @dataclass
@@ -377,3 +383,24 @@ async def test_a_router_that_refuses_the_stream_is_dialled_again() -> None:
                 if not link.over.is_set():
                     break
             await link.next_load()
+
+
+async def test_a_link_that_breaks_as_it_is_cancelled_ends() -> None:
+    engine = ScriptedEngine()
+    async with scripted_router() as router:
+        config = worker_config(router.address)
+        task: asyncio.Task[None]
+
+        class Breaking(WorkerService):
+            def handle(self, router: Outbox, message: messages.Message) -> None:
+                task.cancel()
+                raise ProtocolError("at the same moment")
+
+        async with asyncio.TaskGroup() as scope:
+            identity = Identity(worker_id="w0", incarnation="i", info=INFO)
+            worker = Breaking(config, identity, engine, WorkerMetrics("w0"), scope, asyncio.Event())
+            task = scope.create_task(RouterLink(router.address, config.link, worker, Random(0)).run())
+            (await router.link()).cancel("any")
+            async with asyncio.timeout(5):
+                await asyncio.wait([task])
+        assert task.cancelled()
