@@ -74,9 +74,6 @@ class Cluster:
     def times_ready(self, name: str) -> int:
         return len(re.findall(rf"^{name} +ready after", self.output, re.MULTILINE))
 
-    def kill(self, name: str) -> None:
-        os.kill(self.pid(name), signal.SIGKILL)
-
     def wait_ready(self) -> None:
         self.wait_until(lambda: "\nserving on" in self.output, READY_TIMEOUT_S[self.engine])
 
@@ -121,6 +118,15 @@ def is_running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
 def busy(status: ClusterStatus) -> list[str]:

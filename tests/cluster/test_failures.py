@@ -2,20 +2,24 @@
 the process is started again, and service goes on with nothing left behind."""
 
 import asyncio
+import os
 import random
 import re
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from tandem import AsyncClient, DeadlineExceeded, Result, TandemError, Unavailable
-from tests.cluster.harness import Cluster, is_running, wait_idle
+from tests.cluster.harness import READY_TIMEOUT_S, Cluster, command_line, descendants, is_running, wait_idle
+from tests.cluster.harness import cluster as running
 
 CLIENTS = 24
 #: Clients come over so many seconds, and the process is killed in their midst: some wait, some prefill, some decode.
 ARRIVALS_S = 1.0
 ANSWER_TOKENS = 300
-DEADLINE_S = 30.0
+DEADLINE_S = 90.0
 #: What a client may wait past its deadline, on a machine that does too much at once.
 SLACK_S = 5.0
 
@@ -51,36 +55,59 @@ def _told(end: Result | TandemError) -> str:
     return f"answered, {end.finished.route.retries} legs run again"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["router", "prefill-0", "decode-0"])
-async def test_killing_a_process_costs_no_client_more_than_a_typed_error(fresh: Cluster, name: str) -> None:
-    pid = fresh.pid(name)
-    undisturbed = await asyncio.gather(*(_ask(fresh, number) for number in range(CLIENTS)))
+async def _kill_amid_requests(cluster: Cluster, name: str, pid: int) -> None:
+    """Kills the process, or one of its children, while clients come, wait, prefill and decode."""
+    ready_before, pid_before = cluster.times_ready(name), cluster.pid(name)
+    undisturbed = await asyncio.gather(*(_ask(cluster, number) for number in range(CLIENTS)))
 
-    clients = [asyncio.create_task(_ask(fresh, number, ARRIVALS_S * number / CLIENTS)) for number in range(CLIENTS)]
+    clients = [asyncio.create_task(_ask(cluster, number, ARRIVALS_S * number / CLIENTS)) for number in range(CLIENTS)]
     await asyncio.sleep(ARRIVALS_S / 2)
-    fresh.kill(name)
+    os.kill(pid, signal.SIGKILL)
     ends = await asyncio.gather(*clients)
 
     print("\n".join(map(_told, ends)))
     for end, expected in zip(ends, undisturbed, strict=True):
         assert isinstance(expected, Result)
-        if isinstance(end, Result):
-            assert end.token_ids == expected.token_ids, "no token is missing, repeated or other than without the death"
-        else:
+        if isinstance(end, TandemError):
             assert isinstance(end, Unavailable | DeadlineExceeded), repr(end)
+        elif cluster.engine == "sim":
+            assert end.token_ids == expected.token_ids, "no token is missing, repeated or other than without the death"
+        else:  # a real engine's numerics depend on what it computes together
+            assert len(end.token_ids) == ANSWER_TOKENS
     if name != "router":
         assert all(isinstance(end, Result) for end in ends), "a worker's death is for the router to make good"
 
-    await asyncio.to_thread(fresh.wait_until, lambda: fresh.times_ready(name) == 2)
-    assert re.search(rf"^{name} +died: killed by SIGKILL", fresh.output, re.MULTILINE)
-    assert fresh.pid(name) != pid
-    assert not is_running(pid)
-    async with fresh.async_client() as client:
+    await asyncio.to_thread(
+        cluster.wait_until, lambda: cluster.times_ready(name) == ready_before + 1, READY_TIMEOUT_S[cluster.engine]
+    )
+    assert re.search(rf"^{name} +died: ", cluster.output, re.MULTILINE)
+    assert cluster.pid(name) != pid_before
+    assert not is_running(pid_before)
+    async with cluster.async_client() as client:
         await _wait_served(client)
         status = await wait_idle(client)
     assert {worker.worker_id: worker.state for worker in status.workers} == {"prefill-0": "ready", "decode-0": "ready"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["router", "prefill-0", "decode-0"])
+async def test_killing_a_process_costs_no_client_more_than_a_typed_error(fresh: Cluster, name: str) -> None:
+    await _kill_amid_requests(fresh, name, fresh.pid(name))
+    assert "died: killed by SIGKILL" in fresh.output
     assert fresh.stop() == 0
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_killing_processes_around_real_engines_costs_no_client_more_than_a_typed_error(tmp_path: Path) -> None:
+    with running(tmp_path, "vllm") as cluster:
+        await asyncio.to_thread(cluster.wait_ready)
+        await _kill_amid_requests(cluster, "router", cluster.pid("router"))
+        await _kill_amid_requests(cluster, "prefill-0", cluster.pid("prefill-0"))
+        (engine,) = [pid for pid in descendants(cluster.pid("decode-0")) if "EngineCore" in command_line(pid)]
+        await _kill_amid_requests(cluster, "decode-0", engine)
+        assert cluster.stop() == 0
 
 
 async def _wait_served(client: AsyncClient) -> None:
