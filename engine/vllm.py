@@ -7,23 +7,23 @@ everything that waits for a network goes over a private Unix socket (KvLocal) in
 
 What vLLM leaves to its caller, and is done here:
 
-- *Cancelling.* vLLM aborts a request when its generator is closed, but not one cancelled while it was being sent; and it
-  ignores an abort for a prefill that has finished and is pinned. So every leg that ends without a result is aborted by its
-  name, and a prefill leg's lease is ended by an `EndOrder`. Both go through vLLM's one ordered queue: whatever state the
-  leg was in, the abort comes after it and the lease's end after the abort.
-- *Stopping.* Without a tokenizer (texts are the edge's) vLLM does not know the end-of-sequence token, so it is given as a
-  stop token, with the same effect: the token is the last of the output, and `min_tokens` keeps it back.
+- *Cancelling.* vLLM aborts a request when its generator is closed, but not one cancelled while it was being sent; and
+  it ignores an abort for a prefill that has finished and is pinned. So every leg that ends without a result is
+  aborted by its name, and a prefill leg's lease is ended by an `EndOrder`. Both go through vLLM's one ordered queue:
+  whatever state the leg was in, the abort comes after it and the lease's end after the abort.
+- *Stopping.* Without a tokenizer (texts are the edge's) vLLM does not know the end-of-sequence token, so it is given
+  as a stop token, with the same effect: the token is the last of the output, and `min_tokens` keeps it back.
 - *Token ids outside the vocabulary* would be an index error inside a step, which ends EngineCore for everyone: in a
   prompt they are refused, as stop tokens, which can never be sampled, left out. `engine/vllm_cpu_worker.py` repairs
   another request of death.
-- *Death.* EngineCore's exit is seen at once through its pidfd. vLLM fails the open requests; `wait_dead` tells the worker.
-  In the other direction the connector ends EngineCore when this process goes.
+- *Death.* EngineCore's exit is seen at once through its pidfd. vLLM fails the open requests; `wait_dead` tells the
+  worker. In the other direction the connector ends EngineCore when this process goes.
 
-The CPU's traps (measured; two engines on two cores ran at 0.4 tokens/s with the defaults): thread binding would put all
-engines of a machine on the same cores, so it is off, with one thread unless OMP_NUM_THREADS says otherwise. AMX needs a
-permission that vLLM does not ask for, see the connector, and the first large matmul initialises oneDNN: a warm-up prefill
-comes before `start` returns. The KV cache has the size it is told, not a share of the machine. Setting the seed of the
-engine also seeds this process' `random`: its state is put back.
+The CPU's traps (measured; two engines on two cores ran at 0.4 tokens/s with the defaults): thread binding would put
+all engines of a machine on the same cores, so it is off, with one thread unless OMP_NUM_THREADS says otherwise. AMX
+needs a permission that vLLM does not ask for, see the connector, and the first large matmul initialises oneDNN: a
+warm-up prefill comes before `start` returns. The KV cache has the size it is told, not a share of the machine.
+Setting the seed of the engine also seeds this process' `random`: its state is put back.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,13 @@ class VllmEngine:
         self._options = options
         self._incarnation = secrets.token_hex(8)
         self._numbers = itertools.count()
+        #: vLLM's AsyncLLM, while it runs.
         self._llm: Any = None
+        self._is_stopped = False
         self._kv: AsyncKvClient | None = None
         self._run_dir: RunDir | None = None
         self._model: ModelInfo | None = None
-        #: Legs under way by vLLM's name for them, and whether they have given an output.
+        #: Legs under way by vLLM's name for them, and whether they run; a decode leg does from its first output on.
         self._legs: dict[str, bool] = {}
         #: Staged ids that a decode leg has: vLLM's scheduler frees those.
         self._taken: set[str] = set()
@@ -118,7 +121,7 @@ class VllmEngine:
         try:
             self._run_dir.write_secret(self._options.cluster_secret)
             revision, eos_token_ids = await asyncio.to_thread(_read_model_dir, Path(self._options.model))
-            self._llm = await _in_daemon_thread(lambda: self._launch(revision))
+            await _in_daemon_thread(lambda: self._launch(revision))
             config = self._llm.vllm_config
             self._model = ModelInfo(
                 name=self._options.served_model_name,
@@ -146,16 +149,21 @@ class VllmEngine:
             kv_layout=endpoint.layout,
         )
 
-    def _launch(self, revision: str) -> Any:
-        """Loads vLLM and starts EngineCore; an AsyncLLM. Blocks for as long as that takes."""
+    def _launch(self, revision: str) -> None:
+        """Loads vLLM and starts EngineCore. Blocks for as long as that takes."""
         _set_environment(self._options.device)
         random_state = random.getstate()
         try:
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            return AsyncLLM.from_engine_args(self._engine_args(revision))
+            # Held by no frame's local variable: vLLM keeps frames alive, and what is not collected in `stop` is
+            # collected while the interpreter leaves, which AsyncLLM does not survive without a traceback.
+            self._llm = AsyncLLM.from_engine_args(self._engine_args(revision))
         finally:
             random.setstate(random_state)
+        if self._is_stopped:
+            self._llm.shutdown()
+            self._llm = None
 
     def _engine_args(self, revision: str) -> Any:
         from vllm import AsyncEngineArgs
@@ -210,8 +218,8 @@ class VllmEngine:
 
         def exited() -> None:
             loop.remove_reader(pidfd)
+            self._die(f"vLLM's EngineCore (pid {process.pid}) {_exit_words(pidfd)}")
             os.close(pidfd)
-            self._die(f"vLLM's EngineCore (pid {process.pid}) is gone")
 
         loop.add_reader(pidfd, exited)
 
@@ -234,6 +242,7 @@ class VllmEngine:
         return self._dead_reason
 
     async def stop(self) -> None:
+        self._is_stopped = True
         llm, self._llm = self._llm, None
         if llm is not None:
             if not self._dead_reason:
@@ -244,7 +253,6 @@ class VllmEngine:
             if llm.output_handler is not None:
                 llm.output_handler.cancel()  # or it takes the stop for a death, and logs it
             await asyncio.to_thread(llm.shutdown, _STOP_TIMEOUT_S)
-            # It shuts down once more when it is collected, which must not be while the interpreter leaves.
             del llm
             await asyncio.to_thread(gc.collect)
         if self._kv is not None:
@@ -299,7 +307,7 @@ class VllmEngine:
             prefill_s=report.prefill_s,
         )
 
-    async def decode(self, leg: DecodeLeg) -> AsyncIterator[StepOutput]:
+    async def decode(self, leg: DecodeLeg) -> AsyncGenerator[StepOutput, None]:
         if leg.staged is None:
             async with contextlib.aclosing(self._decode(leg, None)) as steps:
                 async for step in steps:
@@ -318,7 +326,7 @@ class VllmEngine:
             if not admitted:
                 await _send_order(llm, DropOrder(staged_id=staged_id))
 
-    async def _decode(self, leg: DecodeLeg, order: DecodeOrder | None) -> AsyncIterator[StepOutput]:
+    async def _decode(self, leg: DecodeLeg, order: DecodeOrder | None) -> AsyncGenerator[StepOutput, None]:
         cached_tokens_known = False
         name = self._name(leg.leg_id)
         async with contextlib.aclosing(self._run(name, leg.token_ids, leg.cache_salt, leg.sampling, order)) as outputs:
@@ -336,7 +344,7 @@ class VllmEngine:
 
     async def _run(
         self, name: str, token_ids: tuple[int, ...], cache_salt: str, sampling: Sampling, order: Order | None
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """vLLM's outputs for one request, the last of them finished. Raises LegError. However it is left, the request
         has ended in vLLM, or has been told to, when this is closed."""
         llm = self._llm
@@ -347,7 +355,8 @@ class VllmEngine:
         from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        self._legs[name] = finished = False
+        finished = False
+        self._legs[name] = isinstance(order, PrefillOrder)
         try:
             prompt = tokens_input(list(token_ids), cache_salt=cache_salt or None)
             outputs = llm.generate(prompt, self._sampling_params(sampling, order), name)
@@ -433,9 +442,7 @@ class VllmEngine:
     async def connect(self, peer: str, address: str) -> PeerLane:
         with self._kv_failures():
             lane = await self._client.connect(peer, address)
-        return PeerLane(
-            peer=peer, transport=lane.transport, gigabytes_per_s=lane.gigabytes_per_s, refusal=lane.refusal
-        )
+        return PeerLane(peer=peer, transport=lane.transport, gigabytes_per_s=lane.gigabytes_per_s, refusal=lane.refusal)
 
     async def load(self) -> EngineLoad:
         with self._kv_failures():
@@ -492,6 +499,19 @@ async def _send_order(llm: Any, order: EndOrder | DropOrder) -> None:
         await llm.notify_kv_transfer_request_rejected(f"order-{secrets.token_hex(8)}", order_params(order))
 
 
+def _exit_words(pidfd: int) -> str:
+    """How a child of this process ended. It is left for vLLM, which waits for it too, to collect."""
+    try:
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        ended = None
+    if ended is None:
+        return "is gone"
+    if ended.si_code == os.CLD_EXITED:
+        return f"exited with {ended.si_status}; its log says why"
+    return f"was killed by {signal.Signals(ended.si_status).name}"
+
+
 def _logprobs(completion: Any) -> tuple[TokenLogprobs, ...]:
     return tuple(
         TokenLogprobs(
@@ -503,28 +523,27 @@ def _logprobs(completion: Any) -> tuple[TokenLogprobs, ...]:
     )
 
 
-def _in_daemon_thread(work: Callable[[], Any]) -> asyncio.Future[Any]:
-    """The result of blocking work, in a thread that does not keep the process from leaving before it is done."""
+def _in_daemon_thread(work: Callable[[], None]) -> asyncio.Future[None]:
+    """The end of blocking work, in a thread that does not keep the process from leaving before it is done."""
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
+    done: asyncio.Future[None] = loop.create_future()
 
-    def settle(result: Any, error: BaseException | None) -> None:
+    def settle(error: BaseException | None) -> None:
         if done.cancelled():
             return
         if error is None:
-            done.set_result(result)
+            done.set_result(None)
         else:
             done.set_exception(error)
 
     def run() -> None:
-        result: Any = None
         failure: BaseException | None = None
         try:
-            result = work()
+            work()
         except BaseException as error:
             failure = error
         with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile: nobody waits
-            loop.call_soon_threadsafe(settle, result, failure)
+            loop.call_soon_threadsafe(settle, failure)
 
     threading.Thread(target=run, name="vllm-start", daemon=True).start()
     return done
@@ -557,8 +576,8 @@ def _set_environment(device: str) -> None:
 def _read_model_dir(path: Path) -> tuple[str, tuple[int, ...]]:
     """Revision and end-of-sequence tokens of a Hugging Face model directory.
 
-    The revision is a hash over the configuration and the weights. Of weights larger than 64 MiB it sees the length, both
-    ends and evenly spaced samples: enough to tell any two trainings apart, not made against an adversary.
+    The revision is a hash over the configuration and the weights. Of weights larger than 64 MiB it sees the length,
+    both ends and evenly spaced samples: enough to tell any two trainings apart, not made against an adversary.
     """
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} is no model directory: it has no config.json")

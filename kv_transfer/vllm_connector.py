@@ -1,37 +1,39 @@
 """The vLLM connector: KvNode inside vLLM's EngineCore, and the two moments at which vLLM has to know of it.
 
-vLLM loads this module by name (`kv_connector_module_path`), out of its tree, and makes two objects of `TandemConnector`:
-one for the scheduler, one for the model worker. `engine/vllm.py` keeps the model worker inside the EngineCore process, so
-both objects, the scheduler's block pool and the KV memory are in one process. `_Core` is what they share.
+vLLM loads this module by name (`kv_connector_module_path`), out of its tree, and makes two objects of
+`TandemConnector`: one for the scheduler, one for the model worker. `engine/vllm.py` keeps the model worker inside the
+EngineCore process, so both objects, the scheduler's block pool and the KV memory are in one process. `_Core` is what
+they share.
 
     worker process                          EngineCore process
     VllmEngine -- fetch, release, connect --> KvLocal (Unix socket) --> KvNode <-- peers (KvPeer, one-sided reads)
         |                                                                  ^ |
         '---- AsyncLLM: requests with orders --> vLLM scheduler -- offer --' '-- pages -> KV blocks (start_load_kv)
 
-**The owner's moment** is the end of a prefill leg. `request_finished_all_groups` puts the prompt's blocks under a lease
-and returns True, which makes vLLM keep them. When the lease has ended, by release, expiry or cancel, `take_ended` says so
-once, and the next step reports the request as sent, once, whereupon vLLM frees the blocks. vLLM asserts, and so dies, on
-a report too many; a pin is therefore a dictionary entry that the report removes. While a pin exists vLLM keeps stepping
-(about once in a millisecond), so that the end of a lease is seen without a request to wake it up.
+**The owner's moment** is the end of a prefill leg. `request_finished_all_groups` puts the prompt's blocks under a
+lease and returns True, which makes vLLM keep them. When the lease has ended, by release, expiry or cancel,
+`take_ended` says so once, and the next step reports the request as sent, once, whereupon vLLM frees the blocks. vLLM
+asserts, and so dies, on a report too many; a pin is therefore a dictionary entry that the report removes. While a pin
+exists vLLM keeps stepping (about once in a millisecond), so that the end of a lease is seen without a request to wake
+it up.
 
-**The reader's moment** is the step that admits a decode leg. Its blocks have been fetched and confirmed before vLLM heard
-of the request, so the connector answers `get_num_new_matched_tokens` with a *synchronous* load, which vLLM runs in the
-same step, before the forward pass: staging pages are copied into the blocks just allocated, and freed. vLLM's other way,
-asynchronous loads with a waiting state of their own, is where its known crashes and leaks are (an abort while waiting
-holds blocks until a report that may never come; a failed report kills the core). Nothing here uses it.
+**The reader's moment** is the step that admits a decode leg. Its blocks have been fetched and confirmed before vLLM
+heard of the request, so the connector answers `get_num_new_matched_tokens` with a *synchronous* load, which vLLM runs
+in the same step, before the forward pass: staging pages are copied into the blocks just allocated, and freed. vLLM's
+other way, asynchronous loads with a waiting state of their own, is where its known crashes and leaks are (an abort
+while waiting holds blocks until a report that may never come; a failed report kills the core). Nothing here uses it.
 
 What the scheduler half must get right:
 - Pages belong to the request from `on_new_request` on and are freed on exactly one of two ways: by the copy, or by
-  `request_finished`, which vLLM calls once for every request, also for one aborted before it was scheduled. Nobody else
-  discards them meanwhile: VllmEngine gives up a decode leg's pages by a `DropOrder`, through vLLM's own queue, so that
-  this thread alone decides and never copies pages that another fetch is filling.
+  `request_finished`, which vLLM calls once for every request, also for one aborted before it was scheduled. Nobody
+  else discards them meanwhile: VllmEngine gives up a decode leg's pages by a `DropOrder`, through vLLM's own queue,
+  so that this thread alone decides and never copies pages that another fetch is filling.
 - `get_num_new_matched_tokens` may be asked many times and must change nothing. After the load it answers 0, so that a
   preempted request computes its prompt again.
 - vLLM wants at least one token to compute: of a prompt that is all there, the last token is left out.
 - A staged id that is unknown (discarded, or of an earlier life) is no error: the prompt is computed here.
-- Only whole blocks are copied. How a block's bytes are packed is the attention kernel's business (on the CPU it depends
-  on the instruction set, hence `isa` in the fingerprint); equal fingerprints make the bytes mean the same.
+- Only whole blocks are copied. How a block's bytes are packed is the attention kernel's business (on the CPU it
+  depends on the instruction set, hence `isa` in the fingerprint); equal fingerprints make the bytes mean the same.
 """
 
 from __future__ import annotations
@@ -39,11 +41,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -321,6 +325,20 @@ def _die_with_parent() -> None:
     threading.Thread(target=wait, name="tandem-parent-watch", daemon=True).start()
 
 
+def _leave_quickly() -> None:
+    """Lets this process go, when it goes in good order, without taking the interpreter and torch apart: that takes
+    seconds, and serves nobody."""
+    if isinstance(sys.exc_info()[1], Exception):
+        return
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+    multiprocessing.util.Finalize(None, leave, exitpriority=-1000)  # after everybody else's
+
+
 # ------------------------------------------------------------------------------------------------ the scheduler half
 
 
@@ -546,3 +564,4 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         if _core is not None:
             _core.close()
             _core = None
+            _leave_quickly()

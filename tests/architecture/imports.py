@@ -26,7 +26,7 @@ MAY_IMPORT = {
 
 #: Library -> the only files and folders that may import it. What is heavy must not reach the router's image.
 ONLY_IN = {
-    "vllm": ("engine/vllm.py", "kv_transfer/vllm_connector.py"),
+    "vllm": ("engine/vllm.py", "engine/vllm_cpu_worker.py", "kv_transfer/vllm_connector.py"),
     "torch": ("engine/vllm.py", "kv_transfer/vllm_connector.py"),
     "transformers": ("engine/vllm.py",),
     "nixl": ("kv_transfer/",),

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,19 @@ def corrupt_flag(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flag = tmp_path_factory.mktemp("flags") / "corrupt"
     os.environ[CORRUPT_FLAG] = str(flag)
     return flag
+
+
+@pytest.fixture
+def corrupted(corrupt_flag: Path) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def corrupted() -> Iterator[None]:
+        corrupt_flag.touch()
+        try:
+            yield
+        finally:
+            corrupt_flag.unlink()
+
+    return corrupted
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

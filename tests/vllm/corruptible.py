@@ -1,8 +1,8 @@
 """TandemConnector that can be told to break what it loads: the proof that the exactness tests can fail.
 
-vLLM loads it by name into EngineCore, where `CORRUPT_FLAG` names a file; while that exists, the first block of every load
-has its numbers' signs turned around between staging and the copy into vLLM's blocks. The numbers stay finite: vLLM leaves
-what it finds in a block behind the last token, and a NaN there would reach whoever gets the block next.
+vLLM loads it by name into EngineCore, where `CORRUPT_FLAG` names a file; while that exists, the first block of every
+load has its numbers' signs turned around between staging and the copy into vLLM's blocks. The numbers stay finite:
+vLLM leaves what it finds in a block behind the last token, and a NaN there would reach whoever gets the block next.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Two real engines and the legs of a request through them, as the workers and the router would run them."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,17 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from engine.base import DecodeLeg, EngineInfo, EngineLoad, EngineOptions, FinishReason, PrefillLeg, Sampling, StepOutput, TokenLogprobs
+from engine.base import (
+    DecodeLeg,
+    EngineInfo,
+    EngineLoad,
+    EngineOptions,
+    FinishReason,
+    PrefillLeg,
+    Sampling,
+    StepOutput,
+    TokenLogprobs,
+)
 from engine.vllm import VllmEngine
 
 MODEL = Path(__file__).parents[2] / "models" / "tandem-nano"
@@ -105,8 +116,10 @@ class Pair:
             await asyncio.shield(self.prefill.release(first.handle))
             raise
         reused = () if resample else (first.token_id,)
-        left = sampling if resample else replace(
-            sampling, max_tokens=sampling.max_tokens - 1, min_tokens=max(0, sampling.min_tokens - 1)
+        left = (
+            sampling
+            if resample
+            else replace(sampling, max_tokens=sampling.max_tokens - 1, min_tokens=max(0, sampling.min_tokens - 1))
         )
         leg = DecodeLeg(
             leg_id=f"split-{number}/d",
@@ -144,7 +157,12 @@ def is_idle(load: EngineLoad) -> bool:
 
 async def becomes_idle(engine: VllmEngine, within_s: float = 5.0) -> EngineLoad:
     """The engine's load once nothing is held any more, or as it is after `within_s`."""
-    deadline = asyncio.get_running_loop().time() + within_s
-    while not is_idle(load := await engine.load()) and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.02)
-    return load
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            while not is_idle(await engine.load()):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    return await engine.load()
+
+
+def core_pid(engine: VllmEngine) -> int:
+    return int(engine._llm.engine_core.resources.engine_manager.processes[0].pid)

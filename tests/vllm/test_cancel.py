@@ -55,7 +55,7 @@ async def test_a_decode_that_is_closed_frees_its_blocks(pair: Pair) -> None:
     outputs = pair.decode.decode(leg)
     await anext(outputs)
     assert (await pair.decode.load()).running == 1
-    await outputs.aclose()  # type: ignore[attr-defined]
+    await outputs.aclose()
     load = await becomes_idle(pair.decode)
     assert is_idle(load), load
 

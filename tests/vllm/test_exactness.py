@@ -4,8 +4,9 @@ In float32, where the shape of a batch does not reach the tokens; on text, where
 """
 
 import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,7 @@ LENGTHS = (
 class Case:
     prompt: tuple[int, ...]
     sampling: Sampling
-    #: The decode engine samples the first token again, as the router asks for where feeding it back would change things.
+    #: The decode engine samples the first token again: the router's policy where feeding it back would change things.
     resample: bool
 
 
@@ -112,15 +113,14 @@ async def test_eight_in_flight(pair: Pair, references: dict[Case, Answer]) -> No
     assert differences(answers, alone) == []
 
 
-async def test_a_corrupted_block_changes_the_answer(pair: Pair, corrupt_flag: Path) -> None:
+async def test_a_corrupted_block_changes_the_answer(
+    pair: Pair, corrupted: Callable[[], AbstractContextManager[None]]
+) -> None:
     """The tests above can fail: one block broken in transit and they do."""
     cases = [greedy(number, tokens) for number, tokens in enumerate((40, 64, 200, 500))]
     alone = {case: await pair.whole(case.prompt, case.sampling) for case in cases}
-    corrupt_flag.touch()
-    try:
+    with corrupted():
         answers = {case: await pair.split(case.prompt, case.sampling) for case in cases}
-    finally:
-        corrupt_flag.unlink()
     assert len(differences(answers, alone)) == len(cases)
     answers = {case: await pair.split(case.prompt, case.sampling) for case in cases}
     assert differences(answers, alone) == []
