@@ -33,28 +33,29 @@ class _Link:
 
     def __init__(self, first: wire.RouterMessage) -> None:
         self._waiting = deque([first])
-        self._changed = asyncio.Event()
-        self._changed.set()
+        self._filled = asyncio.Event()
+        self._closed = asyncio.Event()
         self.closed_because = ""
 
     def put(self, message: wire.RouterMessage) -> None:
         self._waiting.append(message)
-        self._changed.set()
+        self._filled.set()
         if len(self._waiting) > _OUTBOX_MAX:
             self.close(f"it left {_OUTBOX_MAX} messages unread")
 
+    async def get(self) -> wire.RouterMessage:
+        while not self._waiting:
+            self._filled.clear()
+            await self._filled.wait()
+        return self._waiting.popleft()
+
     def close(self, why: str) -> None:
         self.closed_because = self.closed_because or why
-        self._changed.set()
+        self._closed.set()
 
-    async def messages(self) -> AsyncIterator[wire.RouterMessage]:
-        """Ends when the link is closed."""
-        while not self.closed_because:
-            if self._waiting:
-                yield self._waiting.popleft()
-            else:
-                self._changed.clear()
-                await self._changed.wait()
+    async def closed(self) -> str:
+        await self._closed.wait()
+        return self.closed_because
 
 
 class Links(worker_link_pb2_grpc.WorkerLinkServicer):
@@ -74,6 +75,10 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
         if (link := self._links.pop(worker_id, None)) is not None:
             link.close(why)
 
+    def close_all(self, why: str) -> None:
+        for link in self._links.values():
+            link.close(why)
+
     # The stream.
 
     async def Connect(  # type: ignore[override]  # writes by the context, so that it can read at the same time
@@ -89,13 +94,13 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
         _log.info("worker %s (%s) linked, pid %d", facts.worker_id, facts.role.value, facts.pid)
         why = "its stream broke"
         try:
-            receiving = asyncio.ensure_future(self._receive(request_iterator, facts.worker_id, link))
-            try:
-                async for message in link.messages():
-                    await context.write(message)
-            finally:
+            async with asyncio.TaskGroup() as tasks:
+                # Either may hang for as long as the worker does, so neither is who notices that the link is closed.
+                receiving = tasks.create_task(self._receive(request_iterator, facts.worker_id, link))
+                sending = tasks.create_task(_send(context, link))
+                why = await link.closed()
                 receiving.cancel()
-            why = link.closed_because
+                sending.cancel()
         finally:
             self._over(facts.worker_id, link, why)
 
@@ -139,3 +144,13 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
         if self._links.get(worker_id) is link:
             del self._links[worker_id]
             self._shell.handle(ev.WorkerLost(worker_id, why))
+
+
+async def _send(context: grpc.aio.ServicerContext[wire.WorkerMessage, wire.RouterMessage], link: _Link) -> None:
+    while True:
+        message = await link.get()
+        try:
+            await context.write(message)
+        except Exception as error:  # grpc.aio raises several kinds for a stream that is over
+            link.close(f"writing to its stream failed: {type(error).__name__}")
+            return

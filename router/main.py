@@ -21,13 +21,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from protos import control_pb2_grpc, worker_link_pb2_grpc
+from protos import worker_link_pb2_grpc
 from router.config import RouterConfig
 from router.core import events as ev
 from router.core.core import Core
 from router.core.snapshot import Snapshot
 from router.core.stats import Stats
-from router.edge import native
+from router.edge import control, native
 from router.edge.control import ControlEdge
 from router.edge.native import NativeEdge
 from router.edge.text import ModelText
@@ -35,7 +35,7 @@ from router.links import Links
 from router.metrics import RouterCollector, serve_metrics
 from router.shell import Shell
 
-CONTROL, LINK = "tandem.v1.Control", "tandem.v1.WorkerLink"
+LINK = "tandem.v1.WorkerLink"
 
 #: A quiet stream and a client's keepalive pings would else earn GOAWAY "too many pings", which kills every call.
 _SERVER_OPTIONS = (
@@ -46,6 +46,8 @@ _SERVER_OPTIONS = (
 )
 
 _METRICS_WAIT_S = 5.0
+#: For the handlers of requests that were ended to tell their clients so.
+_LAST_WORDS_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -61,8 +63,16 @@ class PortTaken(Exception):
     """Something else listens there."""
 
 
-async def serve(config: RouterConfig, on_ready: Callable[[Bound], None] = lambda bound: None) -> None:
-    """Runs until a signal, and returns when it has stopped in order. Raises PortTaken."""
+async def serve(
+    config: RouterConfig,
+    on_ready: Callable[[Bound], None] = lambda bound: None,
+    *,
+    asked_to_stop: asyncio.Event | None = None,
+) -> None:
+    """Runs until a signal, and returns when it has stopped in order. Raises PortTaken.
+
+    Given an event, it runs until that is set and leaves the process's signals alone.
+    """
     loop = asyncio.get_running_loop()
     began = time.monotonic()
     texts = {config.model_name: ModelText(Path(config.model_dir))}
@@ -71,17 +81,16 @@ async def serve(config: RouterConfig, on_ready: Callable[[Bound], None] = lambda
     links = Links(shell, router_id=config.router_id, load_report_interval_s=config.load_report_interval_s)
     shell.attach(links)
     edge = NativeEdge(shell, texts, config.requests)
+    operators = ControlEdge(shell, router_id=config.router_id, uptime_s=lambda: time.monotonic() - began)
     health = health_aio.HealthServicer()
 
     options = (*_SERVER_OPTIONS, ("grpc.max_receive_message_length", config.requests.message_bytes_max))
     server = grpc.aio.server(options=options)
-    server.add_generic_rpc_handlers((edge.handlers(),))
-    control = ControlEdge(shell, router_id=config.router_id, uptime_s=lambda: time.monotonic() - began)
-    control_pb2_grpc.add_ControlServicer_to_server(control, server)
+    server.add_generic_rpc_handlers((edge.handlers(), operators.handlers()))
     worker_link_pb2_grpc.add_WorkerLinkServicer_to_server(links, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection(
-        (native.SERVICE, CONTROL, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
+        (native.SERVICE, control.SERVICE, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
     )
     port = _bind(server, config)
     metrics = None
@@ -89,8 +98,10 @@ async def serve(config: RouterConfig, on_ready: Callable[[Bound], None] = lambda
         collector = RouterCollector(lambda: _read_on(loop, shell))
         metrics, _ = serve_metrics(collector, config.host, config.metrics_port)
 
-    asked_to_stop = asyncio.Event()
-    _on_signals(loop, asked_to_stop)
+    if asked_to_stop is None:
+        asked_to_stop = asyncio.Event()
+        _on_signals(loop, asked_to_stop)
+    shell.on_fault = asked_to_stop.set
     await server.start()
     try:
         on_ready(Bound(port, metrics.server_port if metrics is not None else None))
@@ -98,7 +109,7 @@ async def serve(config: RouterConfig, on_ready: Callable[[Bound], None] = lambda
             reporter = tasks.create_task(_report_health(health, shell, core, config.model_name))
             await asked_to_stop.wait()
             reporter.cancel()
-        await _stop(server, health, shell, core, config.shutdown_grace_s)
+        await _stop(server, health, shell, links, core, config.shutdown_grace_s)
     finally:
         shell.stop()
         edge.close()
@@ -128,7 +139,7 @@ async def _report_health(health: health_aio.HealthServicer, shell: Shell, core: 
     changed = asyncio.Event()
     shell.on_workers_changed = changed.set
     await health.set(LINK, health_pb2.HealthCheckResponse.SERVING)
-    await health.set(CONTROL, health_pb2.HealthCheckResponse.SERVING)
+    await health.set(control.SERVICE, health_pb2.HealthCheckResponse.SERVING)
     while True:
         serving = health_pb2.HealthCheckResponse.ServingStatus.Value("SERVING" if core.serves(model) else "NOT_SERVING")
         for name in ("", native.SERVICE):
@@ -138,16 +149,19 @@ async def _report_health(health: health_aio.HealthServicer, shell: Shell, core: 
 
 
 async def _stop(
-    server: grpc.aio.Server, health: health_aio.HealthServicer, shell: Shell, core: Core, grace_s: float
+    server: grpc.aio.Server, health: health_aio.HealthServicer, shell: Shell, links: Links, core: Core, grace_s: float
 ) -> None:
-    _log.info("stopping: %d requests open, %.0f s for them to finish", len(core.state.requests), grace_s)
     await health.enter_graceful_shutdown()
+    if shell.fault is not None:
+        raise shell.fault
+    _log.info("stopping: %d requests open, %.0f s for them to finish", len(core.state.requests), grace_s)
     shell.handle(ev.ShutdownRequested())
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace_s):
             await shell.idle()
     shell.handle(ev.ShutdownRequested(final=True))
-    await server.stop(1.0)
+    links.close_all("the router stops")
+    await server.stop(_LAST_WORDS_S)
 
 
 def _on_signals(loop: asyncio.AbstractEventLoop, asked_to_stop: asyncio.Event) -> None:

@@ -6,12 +6,11 @@ Nothing here needs the two to share a process. An edge in another process gets i
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from router.core.effects import ClientEvent, Failed, Finished, Tokens
-from router.core.request import GenerationRequest
+from router.core.request import GenerationRequest, TokenLogprobs
 from router.core.snapshot import Snapshot
 from router.core.worker import ModelFacts, Role
 
@@ -44,27 +43,25 @@ class RequestStream:
         self._cancel = cancel
         self._stop_matched = stop_matched
         self._overrun = overrun
-        self._waiting: deque[ClientEvent] = deque()
+        #: Tokens that the reader has not taken yet, and the last word once the core has said it.
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._end: Finished | Failed | None = None
         self._arrived = asyncio.Event()
-        #: The core said the last word.
-        self._ended = False
         self._read_to_end = False
 
     # The core's side.
 
     def put(self, event: ClientEvent) -> None:
-        assert not self._ended
-        waiting = self._waiting
-        if isinstance(event, Tokens) and waiting and isinstance(waiting[-1], Tokens):
-            last = waiting[-1]
-            waiting[-1] = Tokens(last.token_ids + event.token_ids, last.logprobs + event.logprobs)
+        assert self._end is None
+        if isinstance(event, Tokens):
+            self._token_ids += event.token_ids
+            self._logprobs += event.logprobs
+            if len(self._token_ids) > self._tokens_max:
+                self._overrun(self.request_id)
         else:
-            waiting.append(event)
-        self._ended = not isinstance(event, Tokens)
+            self._end = event
         self._arrived.set()
-        newest = waiting[-1]
-        if isinstance(newest, Tokens) and len(newest.token_ids) > self._tokens_max:
-            self._overrun(self.request_id)
 
     # The edge's side.
 
@@ -74,21 +71,25 @@ class RequestStream:
     async def __anext__(self) -> ClientEvent:
         if self._read_to_end:
             raise StopAsyncIteration
-        while not self._waiting:
+        while not self._token_ids and self._end is None:
             self._arrived.clear()
             await self._arrived.wait()
-        event = self._waiting.popleft()
-        self._read_to_end = isinstance(event, Finished | Failed)
-        return event
+        if self._token_ids:
+            tokens = Tokens(tuple(self._token_ids), tuple(self._logprobs))
+            self._token_ids, self._logprobs = [], []
+            return tokens
+        assert self._end is not None
+        self._read_to_end = True
+        return self._end
 
     def stop_matched(self, completion_tokens: int) -> None:
         """The answer is to end with its first `completion_tokens` tokens. Read on, to the Finished."""
-        if not self._ended:
+        if self._end is None:
             self._stop_matched(self.request_id, completion_tokens)
 
     def close(self) -> None:
         """The reader leaves. Idempotent; cancels what has not ended."""
-        if not self._ended:
+        if self._end is None:
             self._cancel(self.request_id)
 
 
@@ -99,7 +100,9 @@ class CorePort(Protocol):
         """Seconds, on the clock of arrivals and deadlines."""
         ...
 
-    def submit(self, request: GenerationRequest) -> RequestStream: ...
+    def submit(self, request: GenerationRequest) -> RequestStream:
+        """Raises AlreadyExists when an open request has this id; every other refusal comes through the stream."""
+        ...
 
     def models(self) -> list[ModelView]: ...
 

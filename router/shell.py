@@ -15,7 +15,7 @@ from router.core import effects as fx
 from router.core import events as ev
 from router.core.core import Core
 from router.core.effects import Effect, Emit, Tokens
-from router.core.errors import NotFound
+from router.core.errors import AlreadyExists, NotFound
 from router.core.request import GenerationRequest
 from router.core.snapshot import Snapshot, snapshot
 from router.core.stats import Stats
@@ -50,6 +50,10 @@ class Shell:
         self._timer: asyncio.TimerHandle | None = None
         self._armed_for = 0.0
         self._idle = asyncio.Event()
+        #: What the core raised, if it ever did: a fault of ours after which its state can't be trusted.
+        self.fault: Exception | None = None
+        #: Called once, when that happens.
+        self.on_fault: Callable[[], None] = lambda: None
         #: Called after workers came, went or changed.
         self.on_workers_changed: Callable[[], None] = lambda: None
 
@@ -62,7 +66,15 @@ class Shell:
             self._timer.cancel()
 
     def handle(self, event: ev.Event) -> None:
-        for effect in self._core.handle(self.now(), event):
+        if self.fault is not None:
+            return
+        try:
+            effects = self._core.handle(self.now(), event)
+        except Exception as fault:
+            self.fault = fault
+            self.on_fault()
+            raise
+        for effect in effects:
             self._do(effect)
         self._arm()
         if isinstance(event, _ABOUT_WORKERS):
@@ -113,6 +125,8 @@ class Shell:
         return time.monotonic()  # the loop's own clock may tick in milliseconds
 
     def submit(self, request: GenerationRequest) -> RequestStream:
+        if self._core.is_open(request.request_id):
+            raise AlreadyExists(f"request_id {request.request_id!r} is in use by an open request")
         stream = RequestStream(
             request.request_id,
             tokens_max=self._stream_tokens_max,
@@ -120,11 +134,8 @@ class Shell:
             stop_matched=lambda request_id, tokens: self.handle(ev.StopMatched(request_id, tokens)),
             overrun=self._overrun,
         )
-        namesake = self._streams.get(request.request_id)
         self._streams[request.request_id] = stream
         self.handle(ev.Submit(request))
-        if namesake is not None:  # the newcomer was refused; what follows is the other's
-            self._streams[request.request_id] = namesake
         return stream
 
     def _overrun(self, request_id: str) -> None:

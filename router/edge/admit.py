@@ -106,19 +106,20 @@ class Rules:
             raise _outside("repetition_penalty", asked.repetition_penalty, "more than 0 and at most 10")
         _check("top_k", asked.top_k, 0, facts.vocab_size)
         _check("logprobs", asked.logprobs, 0, self._limits.logprobs_max)
+        recommended = self._text.recommended.get
         max_tokens = self._max_tokens(asked.max_tokens, prompt_tokens, facts)
         _check("min_tokens", asked.min_tokens, 0, max_tokens)
         self._check_stops(asked, facts)
         return Sampling(
             max_tokens=max_tokens,
             min_tokens=asked.min_tokens or 0,
-            temperature=_or(asked.temperature, 1.0),
-            top_p=_or(asked.top_p, 1.0),
-            top_k=asked.top_k or 0,
-            min_p=_or(asked.min_p, 0.0),
+            temperature=_or(asked.temperature, recommended("temperature", 1.0)),
+            top_p=_or(asked.top_p, recommended("top_p", 1.0)),
+            top_k=int(_or(asked.top_k, recommended("top_k", 0))),
+            min_p=_or(asked.min_p, recommended("min_p", 0.0)),
             presence_penalty=_or(asked.presence_penalty, 0.0),
             frequency_penalty=_or(asked.frequency_penalty, 0.0),
-            repetition_penalty=_or(asked.repetition_penalty, 1.0),
+            repetition_penalty=_or(asked.repetition_penalty, recommended("repetition_penalty", 1.0)),
             seed=asked.seed,
             stop_token_ids=asked.stop_token_ids,
             ignore_eos=bool(asked.ignore_eos),
@@ -128,7 +129,7 @@ class Rules:
     def _max_tokens(self, asked: int | None, prompt_tokens: int, facts: ModelFacts) -> int:
         room = facts.max_model_len - prompt_tokens
         if asked is None:
-            return min(self._limits.max_tokens_default, room)
+            return min(int(self._text.recommended.get("max_tokens", self._limits.max_tokens_default)), room)
         _check("max_tokens", asked, 1, facts.max_model_len)
         if asked > room:
             raise OutOfRange(

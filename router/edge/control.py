@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import grpc
 
-from protos import control_pb2_grpc
-from router.core.errors import TandemError
 from router.edge import wire
-from router.edge.errors import abort
+from router.edge.errors import answer
 from router.port import AdminPort
 
-T = TypeVar("T")
+SERVICE = "tandem.v1.Control"
 
 
-class ControlEdge(control_pb2_grpc.ControlServicer):
+class ControlEdge:
     def __init__(self, admin: AdminPort, *, router_id: str, uptime_s: Callable[[], float]) -> None:
         self._admin = admin
         self._router_id = router_id
         self._uptime_s = uptime_s
 
-    async def GetStatus(self, request, context):
-        snapshot = self._admin.snapshot(requests=request.requests)
-        return wire.status(self._router_id, self._uptime_s(), snapshot)
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Takes and gives bytes, see `wire`."""
+        methods = {"GetStatus": self._status, "DrainWorker": self._drain, "SetWorkerRole": self._set_role}
+        return grpc.method_handlers_generic_handler(SERVICE, {name: _unary(do) for name, do in methods.items()})
 
-    async def DrainWorker(self, request, context):
-        await _or_abort(context, lambda: self._admin.drain(request.worker_id))
-        return wire.drained()
+    def _status(self, data: bytes) -> bytes:
+        snapshot = self._admin.snapshot(requests=wire.status_request(data).requests)
+        return wire.status(self._router_id, self._uptime_s(), snapshot).SerializeToString()
 
-    async def SetWorkerRole(self, request, context):
-        await _or_abort(context, lambda: self._admin.set_role(request.worker_id, wire.role(request.role)))
-        return wire.role_set()
+    def _drain(self, data: bytes) -> bytes:
+        self._admin.drain(wire.drain_request(data).worker_id)
+        return wire.drained().SerializeToString()
+
+    def _set_role(self, data: bytes) -> bytes:
+        request = wire.role_request(data)
+        self._admin.set_role(request.worker_id, wire.role(request.role))
+        return wire.role_set().SerializeToString()
 
 
-async def _or_abort(context: grpc.aio.ServicerContext, act: Callable[[], T]) -> T:
-    try:
-        return act()
-    except TandemError as error:
-        await abort(context, error)
+def _unary(do: Callable[[bytes], bytes]) -> grpc.RpcMethodHandler:
+    async def method(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def work() -> bytes:
+            return do(data)
+
+        return await answer(context, work)
+
+    return grpc.unary_unary_rpc_method_handler(method)

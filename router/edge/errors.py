@@ -4,7 +4,8 @@ leaves the process."""
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple, NoReturn
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -16,6 +17,8 @@ from google.rpc import status_pb2
 from router.core import errors
 
 DOMAIN = "tandem"
+
+T = TypeVar("T")
 
 _STATUS: dict[type[errors.TandemError], grpc.StatusCode] = {
     errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
@@ -62,10 +65,16 @@ async def abort(context: grpc.aio.ServicerContext, error: errors.TandemError) ->
     await context.abort(status.code, status.message, status.trailers)
 
 
-def internal(error: Exception) -> errors.Internal:
-    """For a fault of ours: the log gets the story, the client a sentence."""
-    _log.error("internal error", exc_info=error)
-    return errors.Internal("internal error; the server's log has the details")
+async def answer(context: grpc.aio.ServicerContext, work: Callable[[], Awaitable[T]]) -> T:
+    """Runs a method's work and tells the client how it failed. Of a fault of ours the log gets the story, the client
+    a sentence."""
+    try:
+        return await work()
+    except errors.TandemError as error:
+        await abort(context, error)
+    except Exception:
+        _log.exception("internal error")
+        await abort(context, errors.Internal("internal error; the server's log has the details"))
 
 
 def _details(error: errors.TandemError) -> list[Message]:

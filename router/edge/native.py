@@ -12,12 +12,12 @@ import grpc
 
 from router.config import RequestLimits
 from router.core.effects import Failed, Finished, Tokens
-from router.core.errors import Expired, NotFound, TandemError, Unavailable
+from router.core.errors import Expired, NotFound, Unavailable
 from router.core.request import GenerationRequest
 from router.core.worker import ModelFacts
 from router.edge import wire
 from router.edge.admit import Rules
-from router.edge.errors import abort, internal
+from router.edge.errors import answer
 from router.edge.text import ModelText, TextStream
 from router.port import CorePort, RequestStream
 
@@ -55,28 +55,36 @@ class NativeEdge:
         self._tokenizers.shutdown(wait=False, cancel_futures=True)
 
     async def _list_models(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        return wire.models(self._core.models()).SerializeToString()
+        async def models() -> bytes:
+            wire.list_models_request(data)
+            return wire.models(self._core.models()).SerializeToString()
 
-    async def _generate(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-        arrival = self._core.now()
-        try:
+        return await answer(context, models)
+
+    async def _generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        """Writes by the context rather than yielding, so that `finally` runs the moment the client is gone."""
+
+        async def generate() -> None:
+            arrival = self._core.now()
             accepted = await self._accept(data, arrival, context.time_remaining())
-        except TandemError as error:
-            await abort(context, error)
-        except Exception as error:  # a fault of ours must not reach the client as a stack trace
-            await abort(context, internal(error))
-        stream = self._core.submit(accepted.request)
-        try:
-            async for message in self._messages(stream, accepted):
-                yield message
-        except TandemError as error:
-            await abort(context, error)
-        finally:
-            stream.close()
+            stream = self._core.submit(accepted.request)
+            try:
+                async for message in self._messages(stream, accepted):
+                    await context.write(message)
+            finally:
+                stream.close()
+
+        await answer(context, generate)
 
     async def _messages(self, stream: RequestStream, accepted: _Accepted) -> AsyncIterator[bytes]:
-        request_id = accepted.request.request_id
-        text = TextStream(self._texts[accepted.request.model], accepted.stops)
+        request = accepted.request
+        request_id = request.request_id
+        text = TextStream(
+            self._texts[request.model],
+            accepted.stops,
+            prompt=request.prompt,
+            unmatched_tokens=request.sampling.min_tokens,
+        )
         completion_tokens, stop_match = 0, ""
         async for event in stream:
             if isinstance(event, Tokens):

@@ -14,6 +14,11 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+#: What the library shows for bytes that make no character, or none yet.
+_HALF = "\ufffd"
+#: Tokens of the prompt that an answer is decoded after.
+_CONTEXT_TOKENS = 6
+
 
 class ModelText:
     """A model's tokenizer. Encoding releases the GIL, so long prompts belong on a thread."""
@@ -27,6 +32,8 @@ class ModelText:
             raise ValueError(f"model_dir: {path} is not a readable tokenizer: {error}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        #: What the model's authors recommend for sampling fields that a client leaves unset.
+        self.recommended = _recommended(model_dir / "generation_config.json")
 
     def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=special_tokens).ids)
@@ -42,6 +49,20 @@ class ModelText:
         config = model_dir / "tokenizer_config.json"
         template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
         return template if isinstance(template, str) else None
+
+
+def _recommended(path: Path) -> dict[str, float]:
+    """As other servers read the file: numbers of these names, and nothing else of it."""
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = {
+        "temperature": "temperature",
+        "top_p": "top_p",
+        "top_k": "top_k",
+        "min_p": "min_p",
+        "repetition_penalty": "repetition_penalty",
+        "max_new_tokens": "max_tokens",
+    }
+    return {ours: said[theirs] for theirs, ours in names.items() if isinstance(said.get(theirs), int | float)}
 
 
 class Piece(NamedTuple):
@@ -90,15 +111,32 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextStream:
-    """One answer's tokens, as text."""
+    """One answer's tokens, as text.
 
-    def __init__(self, text: ModelText, stops: tuple[str, ...] = ()) -> None:
+    What a token looks like can depend on what is before it: SentencePiece drops the space at the beginning of a text.
+    So an answer is decoded as what follows `prompt`. The first `unmatched_tokens` tokens are not searched for stop
+    strings.
+    """
+
+    def __init__(
+        self,
+        text: ModelText,
+        stops: tuple[str, ...] = (),
+        *,
+        prompt: tuple[int, ...] = (),
+        unmatched_tokens: int = 0,
+    ) -> None:
+        before = list(prompt[-_CONTEXT_TOKENS:])
+        shown = text.decode(tuple(before))
+        if shown.endswith(_HALF):  # the prompt ends in the middle of a character: what follows begins anew
+            before, shown = [], ""
         self._text = text
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(before, skip_special_tokens=True)
         self._matcher = StopMatcher(stops) if stops else None
-        #: Every token fed, and how many characters of their text were decoded so far.
-        self._token_ids: list[int] = []
-        self._characters = 0
+        self._unmatched_tokens = unmatched_tokens
+        #: Every token decoded, and how many characters of their text were seen so far.
+        self._token_ids = before
+        self._characters = len(shown)
 
     def feed(self, token_ids: tuple[int, ...]) -> Piece:
         """With stop strings, tokens are taken one at a time, to know which one completed a match."""
@@ -106,7 +144,12 @@ class TextStream:
             return Piece(self._decode(token_ids))
         out = []
         for number, token_id in enumerate(token_ids, 1):
-            text, stop = self._matcher.feed(self._decode((token_id,)))
+            text = self._decode((token_id,))
+            if self._unmatched_tokens:
+                self._unmatched_tokens -= 1
+                out.append(text)
+                continue
+            text, stop = self._matcher.feed(text)
             out.append(text)
             if stop is not None:
                 return Piece("".join(out), stop, number)

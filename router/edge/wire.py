@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
@@ -30,6 +30,8 @@ _ROLES = {
 _ROLE_BY_NUMBER: dict[int, Role] = {number: role for role, number in _ROLES.items()}
 
 
+M = TypeVar("M", bound=Message)
+
 _OPTIONAL = tuple(field.name for field in inference_pb2.Sampling.DESCRIPTOR.fields if field.has_presence)
 
 
@@ -37,36 +39,67 @@ _OPTIONAL = tuple(field.name for field in inference_pb2.Sampling.DESCRIPTOR.fiel
 
 
 def generate_request(data: bytes) -> inference_pb2.GenerateRequest:
+    return _parse(inference_pb2.GenerateRequest, data)
+
+
+def list_models_request(data: bytes) -> inference_pb2.ListModelsRequest:
+    return _parse(inference_pb2.ListModelsRequest, data)
+
+
+def status_request(data: bytes) -> control_pb2.GetStatusRequest:
+    return _parse(control_pb2.GetStatusRequest, data)
+
+
+def drain_request(data: bytes) -> control_pb2.DrainWorkerRequest:
+    return _parse(control_pb2.DrainWorkerRequest, data)
+
+
+def role_request(data: bytes) -> control_pb2.SetWorkerRoleRequest:
+    return _parse(control_pb2.SetWorkerRoleRequest, data)
+
+
+def _parse(kind: type[M], data: bytes) -> M:
     """Raises Invalid. gRPC's own deserializer would answer INTERNAL and name nothing."""
     try:
-        return inference_pb2.GenerateRequest.FromString(data)
+        return kind.FromString(data)
     except DecodeError:
-        for field in _not_utf8(_with_bytes_for_strings().FromString(data)):
-            raise Invalid(field, "is not valid UTF-8") from None
-        raise Invalid("request", "is not a tandem.v1.GenerateRequest message") from None
+        pass
+    try:
+        for field in _not_utf8(_with_bytes_for_strings(kind.DESCRIPTOR.full_name).FromString(data)):
+            raise Invalid(field, "is not valid UTF-8")
+    except DecodeError:
+        pass
+    raise Invalid("request", f"is not a {kind.DESCRIPTOR.full_name} message")
 
 
 @cache
-def _with_bytes_for_strings() -> type[Message]:
-    """GenerateRequest as it would be if its text fields were bytes: it parses what the real one refuses."""
+def _with_bytes_for_strings(name: str) -> type[Message]:
+    """The message as it would be if its text fields were bytes: it parses what the real one refuses."""
+    pool = descriptor_pool.DescriptorPool()
+    _add(pool, descriptor_pool.Default().FindMessageTypeByName(name).file.name)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
+
+
+def _add(pool: descriptor_pool.DescriptorPool, file_name: str) -> None:
     file = descriptor_pb2.FileDescriptorProto()
-    inference_pb2.DESCRIPTOR.CopyToProto(file)
+    descriptor_pool.Default().FindFileByName(file_name).CopyToProto(file)
+    for dependency in file.dependency:
+        _add(pool, dependency)
     for message in file.message_type:
         for field in message.field:
             if field.type == descriptor_pb2.FieldDescriptorProto.TYPE_STRING:
                 field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
-    pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tandem.v1.GenerateRequest"))
 
 
 def _not_utf8(message: Message, prefix: str = "") -> Iterator[str]:
     for field, value in message.ListFields():
-        for item in value if field.is_repeated else [value]:
+        for at, item in enumerate(value if field.is_repeated else [value]):
+            name = f"{prefix}{field.name}[{at}]" if field.is_repeated else f"{prefix}{field.name}"
             if isinstance(item, Message):
-                yield from _not_utf8(item, f"{prefix}{field.name}.")
+                yield from _not_utf8(item, f"{name}.")
             elif isinstance(item, bytes) and not _is_utf8(item):
-                yield f"{prefix}{field.name}"
+                yield name
 
 
 def _is_utf8(data: bytes) -> bool:
