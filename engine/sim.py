@@ -168,9 +168,7 @@ class SimEngine:
             await asyncio.sleep(0)
             return
         now = asyncio.get_running_loop().time()
-        # Steps follow each other without the time that simulating them takes.
-        begin = max(started.step_end, now - _LAG_MAX_S)
-        started.step_end = begin + self._step_time.step_s(work) / self._options.speedup
+        started.step_end = end_of_step(started.step_end, now, self._step_time.step_s(work) / self._options.speedup)
         await asyncio.sleep(max(0.0, started.step_end - now))
 
     def _deliver(self, started: _Started, done: PrefillDone) -> None:
@@ -328,6 +326,11 @@ class _Started:
     staging: NDArray[np.uint8]
     #: When the last step ended by the step-time model, on the loop's clock.
     step_end: float = 0.0
+
+
+def end_of_step(last_end: float, now: float, step_s: float) -> float:
+    """Steps follow each other without the time that simulating them takes; what is lost beyond that stays lost."""
+    return max(last_end, now - _LAG_MAX_S) + step_s
 
 
 class _Stream:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -27,11 +28,11 @@ from engine.base import (
     Sampling,
     Staged,
 )
-from engine.sim import SimEngine
+from engine.sim import SimEngine, end_of_step
 from engine.step_time import StepWork, step_time
 from kv_transfer import registry
 from kv_transfer.inproc import InprocHub, InprocTransport, ReadEvent
-from kv_transfer.transport import STAGING, TransportError
+from kv_transfer.transport import STAGING, Segments, TransportError
 
 VOCAB = 800
 CONFIG = {
@@ -451,7 +452,8 @@ async def test_a_closed_stream_aborts_its_leg(pair: Pair) -> None:
     leg = decode_leg("a", prompt_of(100), replace(GREEDY, max_tokens=3000), staged=staged)
     async with aclosing(stream(pair.decode, leg)) as outputs:
         await anext(outputs)
-        assert (await pair.decode.load()).running == 1
+        load = await pair.decode.load()
+        assert (load.running, load.staged_pages) == (1, 0)
     load = await pair.decode.load()
     assert (load.running, load.kv_blocks_free) == (0, load.kv_blocks_total)
 
@@ -466,9 +468,12 @@ async def test_a_reader_cancelled_before_its_leg_was_admitted_gives_staging_back
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert (await pair.decode.load()).staged_pages == 4
-        for task in (waiting, busy):
-            task.cancel()
-        await asyncio.gather(busy, waiting, return_exceptions=True)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        load = await pair.decode.load()
+        assert (load.running, load.waiting, load.staged_pages) == (1, 0, 0)
+        busy.cancel()
+        await asyncio.wait([busy])
 
 
 async def test_a_cancelled_fetch_leaves_no_page_taken(corruptor: Corruptor, model: Path) -> None:
@@ -483,6 +488,33 @@ async def test_a_cancelled_fetch_leaves_no_page_taken(corruptor: Corruptor, mode
             await asyncio.gather(task, return_exceptions=True)
             await pair.prefill.release(result.handle)
             await becomes_idle(pair.decode)
+
+
+async def test_a_cancelled_fetch_stops_reading(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pieces long; cancelled after the first."""
+    sizes = {"kv_bytes_per_token": 4096, "kv_cache_bytes": 32 << 20, "staging_bytes": 32 << 20}
+    async with pair_of(options(model, "p", **sizes), options(model, "d", **sizes)) as pair:
+        await meet(pair)
+        result = await pair.prefill.prefill(prefill_leg("a", prompt_of(3000)))
+        assert result.handle is not None
+        reads: list[Segments] = []
+        reading, go_on = threading.Event(), threading.Event()
+        read = InprocTransport.read
+
+        def slow_read(self: InprocTransport, peer: str, segments: Segments, timeout_s: float) -> None:
+            read(self, peer, segments, timeout_s)
+            reads.append(segments)
+            reading.set()
+            go_on.wait(10)
+
+        monkeypatch.setattr(InprocTransport, "read", slow_read)
+        task = asyncio.create_task(pair.decode.fetch(result.handle, 5))
+        await asyncio.to_thread(reading.wait, 10)
+        task.cancel()
+        await asyncio.wait([task])
+        go_on.set()
+        await becomes_idle(pair.decode)
+        assert [segments.local_region for segments in reads] == [STAGING]
 
 
 async def test_a_failed_read_is_a_failed_transfer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,6 +627,11 @@ async def test_a_paced_engine_takes_the_time_of_its_model(model: Path) -> None:
         assert result.prefill_s >= row.step_s(StepWork(prefill_tokens=1000, prefill_pairs=1000**2)) / 2 - 0.001
 
 
+def test_steps_of_a_paced_engine_follow_each_other_but_do_not_make_up_for_a_standstill() -> None:
+    assert end_of_step(last_end=10.0, now=10.001, step_s=0.02) == pytest.approx(10.02)
+    assert end_of_step(last_end=10.0, now=15.0, step_s=0.02) == pytest.approx(14.92)
+
+
 # Configuration
 
 
@@ -613,6 +650,13 @@ async def test_bytes_per_token_are_the_models_unless_given(model: Path) -> None:
     info = await sim.start()
     await sim.stop()
     assert info.kv_layout["segment_bytes"] == str(32 * 4 * 2 * 2 * 64 * 2)
+
+
+async def test_the_budget_of_a_step_has_room_for_every_running_leg(model: Path) -> None:
+    sim = SimEngine(options(model, max_batched_tokens=8, max_running=16), InprocHub())
+    async with running(sim):
+        legs = [decode_leg(str(index), prompt_of(5, seed=index)) for index in range(16)]
+        assert {len(tokens) for tokens in await asyncio.gather(*(collect(sim, leg) for leg in legs))} == {16}
 
 
 async def test_the_context_is_no_longer_than_its_memory(model: Path) -> None:

@@ -478,7 +478,8 @@ def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
 
 
 class Driver(RuleBasedStateMachine):
-    """Random legs of random tenants on few blocks: nothing contradicts itself, and every answer is the dumb model's."""
+    """Random legs on few blocks, of tenants that share salts and have several: nothing contradicts itself, and every
+    answer is the dumb model's."""
 
     legs: Bundle[str] = Bundle("legs")
     leases: Bundle[str] = Bundle("leases")
@@ -500,7 +501,6 @@ class Driver(RuleBasedStateMachine):
         )
         self.count = 0
         self.wanted: dict[str, tuple[tuple[int, ...], Sampling, str]] = {}
-        self.free_pages = 0
 
     def prompt(self, shape: tuple[int, int, int]) -> tuple[int, ...]:
         family, shared, own = shape
@@ -512,6 +512,9 @@ class Driver(RuleBasedStateMachine):
         leg_id = f"leg {self.count}"
         self.wanted[leg_id] = prompt, sampling, salt
         return leg_id
+
+    def tenant(self) -> str:
+        return "xy"[self.count % 2]
 
     #: Family, tokens shared with it, tokens of its own.
     shapes = st.tuples(st.integers(0, 1), st.integers(0, 24), st.integers(1, 12))
@@ -528,7 +531,7 @@ class Driver(RuleBasedStateMachine):
 
     def add_decode(self, prompt: tuple[int, ...], sampling: Sampling, salt: str) -> str:
         leg_id = self.new_leg(prompt, sampling, salt)
-        self.world.decode(leg_id, prompt, sampling, cache_salt=salt, tenant=salt)
+        self.world.decode(leg_id, prompt, sampling, cache_salt=salt, tenant=self.tenant())
         return leg_id
 
     @rule(
@@ -537,7 +540,8 @@ class Driver(RuleBasedStateMachine):
     def add_prefill(self, shape: tuple[int, int, int], hand_off: bool, sampling: Sampling, salt: str) -> str:
         prompt = self.prompt(shape)
         leg_id = self.new_leg(prompt, sampling, salt)
-        self.world.prefill(leg_id, prompt, sampling, cache_salt=salt, tenant=salt, hand_off=hand_off, resample=hand_off)
+        more = {"cache_salt": salt, "tenant": self.tenant(), "hand_off": hand_off, "resample": hand_off}
+        self.world.prefill(leg_id, prompt, sampling, **more)
         return leg_id
 
     @rule(target=legs, lease=leases)
@@ -549,7 +553,7 @@ class Driver(RuleBasedStateMachine):
         staged = self.world.stage(lease)
         prompt, sampling, salt = self.wanted[lease]
         leg_id = self.new_leg(prompt, sampling, salt)
-        self.world.decode(leg_id, prompt, sampling, cache_salt=salt, tenant=salt, staged=staged)
+        self.world.decode(leg_id, prompt, sampling, cache_salt=salt, tenant=self.tenant(), staged=staged)
         # Its pages are used again by the next one: let it be admitted first.
         while self.world.core.waiting and self.world.step():
             pass
