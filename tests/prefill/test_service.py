@@ -46,8 +46,8 @@ async def test_legs_reach_the_engine_in_order_and_the_wait_is_told(
         assert engine.begun == ["prefill a"]
         await engine.let_go("prefill")
     assert engine.begun == ["prefill a", "prefill b", "prefill c"]
-    assert legs[0].result().queue_s == pytest.approx(0.25, abs=0.005)
-    assert legs[2].result().queue_s >= 0.25 + 0.01
+    engines_own = 0.25
+    assert engines_own <= legs[0].result().queue_s < legs[1].result().queue_s < legs[2].result().queue_s
 
 
 async def test_a_leg_cancelled_in_the_queue_never_reaches_the_engine(
