@@ -5,10 +5,9 @@ The paths given to protoc start at the repository's root, so that generated modu
 what it generates must load on protobuf 6, which vLLM environments may have.
 """
 
+import subprocess
 import sys
 from pathlib import Path
-
-from grpc_tools import protoc
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,23 +19,26 @@ def sources() -> list[Path]:
 
 def generate(target: Path) -> None:
     """Write `protos/**/*_pb2*.py[i]` under `target`."""
-    google = Path(protoc.__file__).parent / "_proto"  # google/protobuf/*.proto
     stubs = Path(sys.executable).parent / "protoc-gen-mypy_grpc"
-    status = protoc.main(
+    # In a process of its own: two C++ protobuf runtimes, protoc's and NIXL's, do not share one.
+    done = subprocess.run(
         [
-            "protoc",
+            sys.executable,
+            "-m",
+            "grpc_tools.protoc",
             f"-I{ROOT}",
-            f"-I{google}",
             f"--plugin=protoc-gen-mypy_grpc={stubs}",
             f"--python_out={target}",
             f"--pyi_out={target}",
             f"--grpc_python_out={target}",
             f"--mypy_grpc_out={target}",
             *map(str, sources()),
-        ]
+        ],
+        cwd=ROOT,
+        check=False,
     )
-    if status != 0:
-        raise SystemExit(f"protoc ended with status {status}")
+    if done.returncode != 0:
+        raise SystemExit(f"protoc ended with status {done.returncode}")
 
 
 if __name__ == "__main__":
