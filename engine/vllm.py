@@ -244,19 +244,22 @@ class VllmEngine:
     async def stop(self) -> None:
         self._is_stopped = True
         llm, self._llm = self._llm, None
+        if llm is not None and not self._dead_reason:
+            await llm.abort(list(self._legs))
+            # EngineCore does not leave while blocks are pinned.
+            await _send_order(llm, EndOrder(transfer_id=None))
+        self._die("the engine was stopped")
+        if self._kv is not None:
+            await self._kv.close()
         if llm is not None:
-            if not self._dead_reason:
-                await llm.abort(list(self._legs))
-                # EngineCore does not leave while blocks are pinned.
-                await _send_order(llm, EndOrder(transfer_id=None))
-            self._die("the engine was stopped")
             if llm.output_handler is not None:
                 llm.output_handler.cancel()  # or it takes the stop for a death, and logs it
             await asyncio.to_thread(llm.shutdown, _STOP_TIMEOUT_S)
+            sockets = llm.engine_core.resources.ctx
             del llm
             await asyncio.to_thread(gc.collect)
-        if self._kv is not None:
-            await self._kv.close()
+            # vLLM has closed its sockets by now, but not what they were made from. This waits for those it forgot.
+            await asyncio.wait([_in_daemon_thread(sockets.term)], timeout=1.0)
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir.path, ignore_errors=True)
 
