@@ -234,6 +234,11 @@ def _relations(
             f"router.shutdown_grace_s: {router.shutdown_grace_s:g} is not less than "
             f"supervisor.stop_grace_s: {supervisor.stop_grace_s:g}; the router would be killed while it finishes"
         )
+    if worker.stop_timeout_s >= supervisor.stop_grace_s:
+        found.append(
+            f"worker.stop_timeout_s: {worker.stop_timeout_s:g} is not less than "
+            f"supervisor.stop_grace_s: {supervisor.stop_grace_s:g}; workers would be killed while their engines stop"
+        )
     workers = cluster.prefill_workers + cluster.decode_workers
     for name, address in (("health_address", worker.health_address), ("metrics_address", worker.metrics_address)):
         if address and not address.endswith(":0") and workers > 1:

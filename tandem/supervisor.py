@@ -64,7 +64,7 @@ class RestartPolicy:
     first_restarts_max: int = 2
     settled_s: float = 10.0
     #: From SIGTERM to SIGKILL, for each stage.
-    stop_grace_s: float = 15.0
+    stop_grace_s: float = 30.0
 
     def __post_init__(self) -> None:
         found = [

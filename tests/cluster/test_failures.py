@@ -19,7 +19,8 @@ CLIENTS = 24
 #: Clients come over so many seconds, and the process is killed in their midst: some wait, some prefill, some decode.
 ARRIVALS_S = 1.0
 ANSWER_TOKENS = 300
-DEADLINE_S = 90.0
+#: Long enough for the process to come back.
+DEADLINE_S = {"sim": 60.0, "vllm": 240.0}
 #: What a client may wait past its deadline, on a machine that does too much at once.
 SLACK_S = 5.0
 
@@ -41,12 +42,12 @@ async def _ask(cluster: Cluster, number: int, after_s: float = 0.0) -> Result | 
                 temperature=0.0,
                 ignore_eos=True,
                 return_token_ids=True,
-                timeout_s=DEADLINE_S,
+                timeout_s=DEADLINE_S[cluster.engine],
             ).result()
     except TandemError as error:
         return error
     finally:
-        assert time.monotonic() - started < DEADLINE_S + SLACK_S
+        assert time.monotonic() - started < DEADLINE_S[cluster.engine] + SLACK_S
 
 
 def _told(end: Result | TandemError) -> str:
@@ -101,7 +102,9 @@ async def test_killing_a_process_costs_no_client_more_than_a_typed_error(fresh: 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_killing_processes_around_real_engines_costs_no_client_more_than_a_typed_error(tmp_path: Path) -> None:
-    with running(tmp_path, "vllm") as cluster:
+    # By default a pool that nobody serves keeps its queue for less time than a real engine takes to load.
+    patience = ["--set", f"router.limits.path_wait_s={DEADLINE_S['vllm']}"]
+    with running(tmp_path, "vllm", *patience) as cluster:
         await asyncio.to_thread(cluster.wait_ready)
         await _kill_amid_requests(cluster, "router", cluster.pid("router"))
         await _kill_amid_requests(cluster, "prefill-0", cluster.pid("prefill-0"))
@@ -115,7 +118,7 @@ async def _wait_served(client: AsyncClient) -> None:
     deadline = time.monotonic() + 30
     while True:
         try:
-            await client.generate("x", max_tokens=4, timeout_s=DEADLINE_S).result()
+            await client.generate("x", max_tokens=4, timeout_s=30.0).result()
         except Unavailable:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.1)
