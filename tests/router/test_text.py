@@ -1,10 +1,13 @@
 """Text streams: joined pieces are the whole answer, no piece ends in half a character, stop strings never leak."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from router.edge.text import ModelText, StopMatcher, TextStream
 
@@ -89,9 +92,61 @@ def test_a_beginning_that_does_not_become_a_stop_is_given_out() -> None:
 def test_special_tokens_are_not_text(model: ModelText) -> None:
     stream = TextStream(model)
     end = model.tokenizer.token_to_id("<|endoftext|>")
+    assert end is not None
     assert stream.feed((*model.encode("x = 1"), end)).text + stream.finish().text == "x = 1"
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         ModelText(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
+    """A tokenizer in the manner of Llama 2: spaces are letters, the first of a text is dropped, bytes as a fallback."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog ran away from the man"] * 20, trainer)
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    said = json.loads(tokenizer.to_str())
+    said["added_tokens"] = [token for token in said["added_tokens"] if not token["content"].startswith("<0x")]
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    return ModelText(folder)
+
+
+@settings(max_examples=500, deadline=None)
+@given(words=st.lists(st.sampled_from(["the", "cat", " ", " dog", "é", "😀", "漢"]), min_size=1, max_size=12))
+def test_an_answer_is_decoded_as_what_follows_its_prompt(sentencepiece: ModelText, words: list[str]) -> None:
+    prompt, whole = sentencepiece.encode("the man"), sentencepiece.encode("the man " + "".join(words))
+    assume(whole[: len(prompt)] == prompt)
+    stream = TextStream(sentencepiece, prompt=prompt)
+    pieces = [stream.feed((token_id,)).text for token_id in whole[len(prompt) :]]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "the man" + "".join(pieces) + stream.finish().text == "the man " + "".join(words)
+
+
+def test_a_prompt_that_ends_in_half_a_character_is_no_context(model: ModelText) -> None:
+    face = model.encode("😀", special_tokens=False)
+    assert len(face) > 1
+    stream = TextStream(model, prompt=face[:1])
+    assert stream.feed(model.encode("x = 1")).text + stream.finish().text == "x = 1"
+
+
+def test_stop_strings_are_found_only_after_the_first_tokens(model: ModelText) -> None:
+    token_ids = model.encode("a b a b a b")
+    stream = TextStream(model, (" b",), unmatched_tokens=3)
+    piece = stream.feed(token_ids)
+    assert piece.stop == " b"
+    assert piece.text.startswith("a b a")
+
+
+def test_what_the_model_recommends_is_read_and_nothing_else(tmp_path: Path) -> None:
+    shutil.copy(MODEL / "tokenizer.json", tmp_path)
+    said = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "top_p": None, "eos_token_id": 3, "min_p": "high"}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    assert ModelText(tmp_path).recommended == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}

@@ -195,7 +195,7 @@ class TestPlacement:
         world.join("b1", B), world.join("b2", B)
         for i in range(1, 5):
             world.submit(f"r{i}", (i, 2))
-        at = [opened.slot_at for opened in world.core.state.requests.values()]
+        at = [opened.slot_at or "" for opened in world.core.state.requests.values()]
         assert sorted(at[:2]) == sorted(at[2:]) == ["b1", "b2"]
 
     def test_a_decode_worker_alone_computes_prompts_itself_within_its_budget(self) -> None:

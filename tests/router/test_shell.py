@@ -1,0 +1,147 @@
+"""Streams to readers, and what happens when the core itself is at fault."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from router.core import effects as fx
+from router.core import events as ev
+from router.core.core import Core
+from router.core.effects import Finished, Tokens
+from router.core.errors import AlreadyExists
+from router.core.limits import CoreLimits
+from router.core.request import FinishReason, Route, Timings, TokenLogprobs, Usage
+from router.core.worker import Role
+from router.port import RequestStream
+from router.shell import Shell, WorkerEffect
+from tests.router.core.world import MODEL, World, facts
+
+END = Finished(
+    reason=FinishReason.STOP,
+    usage=Usage(prompt_tokens=1, cached_prompt_tokens=0, completion_tokens=3),
+    timings=Timings(),
+    route=Route(),
+)
+
+
+class Sent:
+    """Links that keep what they are given."""
+
+    def __init__(self) -> None:
+        self.effects: list[WorkerEffect] = []
+        self.closed: list[str] = []
+
+    def send(self, effect: WorkerEffect) -> None:
+        self.effects.append(effect)
+
+    def close(self, worker_id: str, why: str) -> None:
+        self.closed.append(worker_id)
+
+
+def shell() -> tuple[Shell, Sent]:
+    made = Shell(Core(now=time.monotonic(), limits=CoreLimits(), models=(MODEL,)), stream_tokens_max=100)
+    links = Sent()
+    made.attach(links)
+    return made, links
+
+
+def request(made: Shell, request_id: str = "r", timeout_s: float = 60.0) -> RequestStream:
+    world = World()
+    world.now = made.now()
+    return made.submit(world.submit(request_id, timeout_s=timeout_s).request)
+
+
+def stream(tokens_max: int = 100) -> tuple[RequestStream, list[str]]:
+    said: list[str] = []
+    made = RequestStream(
+        "r",
+        tokens_max=tokens_max,
+        cancel=lambda _: said.append("cancel"),
+        stop_matched=lambda _, count: said.append(f"stop {count}"),
+        overrun=lambda _: said.append("overrun"),
+    )
+    return made, said
+
+
+async def test_tokens_merge_while_the_reader_lags() -> None:
+    made, said = stream()
+    made.put(Tokens((1,), (TokenLogprobs(1, -0.1),)))
+    made.put(Tokens((2, 3), (TokenLogprobs(2, -0.2), TokenLogprobs(3, -0.3))))
+    made.put(END)
+    merged, end = [event async for event in made]
+    assert isinstance(merged, Tokens)
+    assert merged.token_ids == (1, 2, 3)
+    assert [entry.token_id for entry in merged.logprobs] == [1, 2, 3]
+    assert end is END
+    made.close()
+    assert said == []
+
+
+async def test_a_reader_that_waits_is_woken() -> None:
+    made, _ = stream()
+    async with asyncio.TaskGroup() as tasks:
+        first = tasks.create_task(anext(made))
+        await asyncio.sleep(0)
+        made.put(Tokens((7,)))
+    assert first.result() == Tokens((7,), ())
+
+
+async def test_a_full_stream_tells_the_core_and_closing_an_open_one_cancels() -> None:
+    made, said = stream(tokens_max=2)
+    made.put(Tokens((1, 2)))
+    assert said == []
+    made.put(Tokens((3,)))
+    made.close()
+    assert said == ["overrun", "cancel"]
+
+
+async def test_effects_reach_links_and_streams_in_order() -> None:
+    made, links = shell()
+    made.joined(facts("b", Role.BOTH))
+    reader = request(made)
+    (order,) = links.effects
+    assert isinstance(order, fx.SendDecode)
+    made.handle(ev.StepOutputs("b", (ev.StepOutput(order.leg_id, (4, 5)),)))
+    assert await anext(reader) == Tokens((4, 5), ())
+    reader.close()
+    assert links.effects[-1] == fx.CancelLeg("b", order.leg_id)
+    made.stop()
+
+
+async def test_the_shell_wakes_the_core_at_its_deadline() -> None:
+    made, _ = shell()
+    reader = request(made, timeout_s=0.02)
+    (end,) = [event async for event in reader]
+    assert isinstance(end, fx.Failed)
+    assert end.error.reason == "DEADLINE_EXCEEDED"
+    made.stop()
+
+
+async def test_an_id_in_use_is_refused_before_the_core_hears_of_it() -> None:
+    made, _ = shell()
+    request(made)
+    with pytest.raises(AlreadyExists, match="'r'"):
+        request(made)
+    made.stop()
+
+
+async def test_after_a_fault_of_the_core_nothing_is_handled_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, links = shell()
+    made.joined(facts("b", Role.BOTH))
+    told: list[bool] = []
+    made.on_fault = lambda: told.append(True)
+
+    def broken(now: float, event: ev.Event) -> list[fx.Effect]:
+        raise AssertionError("a fault of ours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(made._core, "handle", broken)
+        with pytest.raises(AssertionError):
+            request(made)
+    assert told == [True]
+    request(made, "later")
+    assert links.effects == []
+    made.stop()
