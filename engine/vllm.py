@@ -117,7 +117,7 @@ class VllmEngine:
     # ------------------------------------------------------------------------------------------------ start and stop
 
     async def start(self) -> EngineInfo:
-        self._run_dir = RunDir(tempfile.mkdtemp(prefix="tandem-"))
+        self._run_dir = RunDir(tempfile.mkdtemp(prefix="tandem-engine-"))
         try:
             self._run_dir.write_secret(self._options.cluster_secret)
             revision, eos_token_ids = await asyncio.to_thread(_read_model_dir, Path(self._options.model))

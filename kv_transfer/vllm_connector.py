@@ -43,6 +43,7 @@ import logging
 import multiprocessing
 import multiprocessing.util
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -105,7 +106,7 @@ class _Core:
     """The EngineCore process's KV memory: its node, its staging pages, and the copy from those into KV blocks."""
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, Any]) -> None:
-        settings = ConnectorSettings.parse(vllm_config.kv_transfer_config.get_from_extra_config(KEY, ""))
+        settings = _settings(vllm_config)
         run_dir = RunDir(settings.run_dir)
         memory = _KvMemory.find(kv_cache_config, kv_caches)
         layout = _layout(vllm_config, settings, memory)
@@ -119,7 +120,7 @@ class _Core:
             layout=layout,
             model=settings.model,
             secret=run_dir.take_secret(),
-            transports=make_transports(settings.transports),
+            transports=make_transports(settings.transports, host=settings.host),
             host=settings.host,
             limits=NodeLimits(blocks_per_row=-(-vllm_config.model_config.max_model_len // memory.block_tokens)),
         )
@@ -264,6 +265,10 @@ class _KvMemory:
         return blocks, staging
 
 
+def _settings(vllm_config: VllmConfig) -> ConnectorSettings:
+    return ConnectorSettings.parse(vllm_config.kv_transfer_config.get_from_extra_config(KEY, ""))
+
+
 def _is_run(numbers: Sequence[int]) -> bool:
     return all(after == before + 1 for before, after in zip(numbers, numbers[1:], strict=False))
 
@@ -312,7 +317,7 @@ def _allow_amx() -> None:
         torch.cpu._init_amx()
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(run_dir: RunDir) -> None:
     """Ends this process when the worker process is gone: nobody could reach it any more, and its memory is large."""
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -320,6 +325,7 @@ def _die_with_parent() -> None:
 
     def wait() -> None:
         parent.join()
+        shutil.rmtree(run_dir.path, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="tandem-parent-watch", daemon=True).start()
@@ -488,7 +494,7 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
                 "TandemConnector hands over the KV of one device; tensor, pipeline and data parallelism must be 1"
             )
         if role is KVConnectorRole.WORKER:
-            _die_with_parent()
+            _die_with_parent(RunDir(_settings(vllm_config).run_dir))
         else:
             self._scheduler = _Scheduler(_get_core())
 

@@ -116,7 +116,7 @@ from tests.vllm.harness import core_pid, options
 async def main() -> None:
     engine = VllmEngine(options("orphan"))
     await engine.start()
-    print("core", core_pid(engine), flush=True)
+    print("core", core_pid(engine), engine._run_dir.path, flush=True)
     await asyncio.sleep(600)
 
 if __name__ == "__main__":
@@ -134,7 +134,7 @@ def test_engine_core_ends_with_its_worker(tmp_path: Path) -> None:
     ) as worker:
         try:
             assert worker.stdout is not None
-            word, pid = worker.stdout.readline().split()
+            word, pid, run_dir = worker.stdout.readline().split()
             assert word == "core"
             core = int(pid)
             assert is_running(core)
@@ -144,3 +144,4 @@ def test_engine_core_ends_with_its_worker(tmp_path: Path) -> None:
     while is_running(core) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(core)
+    assert not Path(run_dir).exists()
