@@ -1,6 +1,6 @@
 """`python -m worker CONFIG.json` runs one worker; `-` reads the configuration from standard input.
 
-People use `tandem worker`, which builds the configuration from a file, the environment and flags."""
+The file is what `worker.config.to_json` writes. `tandem up` makes one for each of its workers."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@
                          |  cancelled by its router, or the router's link is gone     |  task over
                          +----------------------------------------------------> ENDED |
                               no message                                              v
-                                                                                   (gone: the place is free)
+                                                                                   (gone)
 
 A leg is *ended* when its router has heard the last of it, and *gone* when its task is over and the engine has let go of
-it. Only then does it stop counting against the worker's capacity.
+it. The router counts a place as free from the end on, so that is what capacity is measured by.
 """
 
 from __future__ import annotations
@@ -103,8 +103,11 @@ class LegTable:
         self._empty.set()
 
     def count(self, role: Role) -> int:
-        """Legs that still take room. May be called from any thread, hence the copy."""
+        """Legs that are not gone. May be called from any thread, hence the copy."""
         return sum(leg.role is role for leg in tuple(self._tasks))
+
+    def count_open(self, role: Role) -> int:
+        return sum(leg.role is role for leg in self._open.values())
 
     def has(self, reply: Reply, leg_id: str) -> bool:
         return (reply, leg_id) in self._open

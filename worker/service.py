@@ -158,7 +158,9 @@ class WorkerService:
         if self.role not in (role, Role.BOTH):
             return f"the role here is {self.role.value}"
         limits = self._config.prefill if role is Role.PREFILL else self._config.decode
-        return limits.refusal(self._legs.count(role))
+        if (ending := self._legs.count(role) - self._legs.count_open(role)) >= limits.legs:
+            return f"{ending} legs that ended are still in the engine"
+        return limits.refusal(self._legs.count_open(role))
 
     def _cancel(self, router: Outbox, leg_id: str) -> None:
         if not self._legs.cancel(router, leg_id):
@@ -225,6 +227,3 @@ class WorkerService:
             links=len(self._links),
             engine=self._load,
         )
-
-    def check_integrity(self) -> None:
-        self._legs.check_integrity()

@@ -38,7 +38,7 @@ class ScriptedEngine:
     once: a prefill samples 7, a fetch stages, a connect finds a lane. A decode waits for `push`."""
 
     def __init__(self) -> None:
-        #: Steps that wait for `let_go`: "start", "prefill", "fetch", "connect", "load", "stop".
+        #: Steps that wait for `let_go`: "start", "prefill", "fetch", "connect", "load", "stop", and "abort" of any.
         self.held: set[str] = set()
         self.failing: dict[str, Exception] = {}
         #: What began, ended by itself, and was aborted: "<step> <leg>".
@@ -160,6 +160,8 @@ class ScriptedEngine:
             if error := self.failing.get(step):
                 raise error
         except asyncio.CancelledError:
+            async with self._changed:
+                await self._changed.wait_for(lambda: "abort" not in self.held)
             await self._note(self.aborted, line)
             raise
         await self._note(self.done, line)

@@ -139,7 +139,8 @@ async def test_a_cancelled_leg_says_nothing_more(heard: Heard, legs: LegTable) -
     await asyncio.sleep(0)
     assert legs.cancel(heard, "a")
     assert not legs.cancel(heard, "a")
-    assert legs.count(Role.DECODE) == 1, "its place is free only when the engine has let go"
+    assert legs.count_open(Role.DECODE) == 0
+    assert legs.count(Role.DECODE) == 1, "the engine has not let go"
     await legs.empty()
     assert heard.said == []
 

@@ -12,6 +12,7 @@ import pytest
 
 from decode.admission import DecodeLimits
 from engine.base import FailureKind, LegError
+from prefill.admission import PrefillLimits
 from protos import worker_link_pb2 as pb
 from tests.worker.running import RunningWorker, running_worker, worker_config
 from tests.worker.scripted_engine import INFO, ScriptedEngine, transfer_failed
@@ -207,6 +208,26 @@ async def test_cancel_in_the_queue_gives_the_place_back() -> None:
         await at.engine.let_go("prefill")
         await at.engine.until("done prefill 4/1/p")
         assert "prefill 3/1/p" not in at.engine.begun
+
+
+async def test_a_cancelled_leg_makes_room_at_once_though_not_without_bound() -> None:
+    """A router fills a leg's place as soon as it has sent the cancel; the engine may take longer to let go."""
+    async with linked(Role.PREFILL, prefill=PrefillLimits(running=2, queued=0, lease_ttl_s=5)) as at:
+        at.engine.held |= {"prefill", "abort"}
+        at.link.prefill("a/1/p")
+        at.link.prefill("b/1/p")
+        await at.engine.until("begun prefill b/1/p")
+        at.link.cancel("a/1/p")
+        at.link.prefill("c/1/p")
+        await at.link.settled()
+        assert at.link.terminals("c/1/p") == 0
+        at.link.cancel("b/1/p")
+        at.link.prefill("d/1/p")
+        assert failure(await at.link.next())[1:] == ("FAILURE_REJECTED", "2 legs that ended are still in the engine")
+        await at.engine.let_go("abort")
+        await at.engine.until("begun prefill c/1/p")
+        at.link.prefill("e/1/p")
+        await at.engine.until("begun prefill e/1/p")
 
 
 async def test_a_cancel_that_crosses_the_answer_ends_the_lease() -> None:
