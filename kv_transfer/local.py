@@ -14,7 +14,6 @@ import asyncio
 import logging
 import stat
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from kv_transfer import wire
 from kv_transfer.api import Fetched, FetchError, Lane, Outcome
 from kv_transfer.handle import HandleRefused
 from kv_transfer.node import KvNode
+from kv_transfer.threads import DaemonThreads
 from kv_transfer.turn import Cancel
 from protos import kv_pb2, kv_pb2_grpc
 
@@ -62,8 +62,8 @@ class KvLocalServer:
         if stat.S_IMODE(socket.parent.stat().st_mode) & 0o077:
             raise ValueError(f"{socket.parent} must be private (mode 0700): its socket gives access to KV memory")
         # Fetches block a thread each and are bounded by the node; the others answer at once.
-        self._executor = ThreadPoolExecutor(node.limits.fetches + 4, thread_name_prefix="kv-local")
-        self._server = grpc.server(self._executor)
+        self._threads = DaemonThreads(node.limits.fetches + 4, "kv-local")
+        self._server = grpc.server(self._threads)  # type: ignore[arg-type]  # an Executor is all it needs
         kv_pb2_grpc.add_KvLocalServicer_to_server(_Servicer(node, blocks), self._server)
         self._server.add_insecure_port(f"unix:{socket}")
         self._server.start()
@@ -71,7 +71,7 @@ class KvLocalServer:
     def close(self) -> None:
         """Before the node's own close: fetches still under way are cancelled."""
         self._server.stop(None).wait()
-        self._executor.shutdown()
+        self._threads.shutdown()
 
 
 class _Servicer(kv_pb2_grpc.KvLocalServicer):

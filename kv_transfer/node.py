@@ -20,7 +20,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -35,6 +34,7 @@ from kv_transfer.peer import PeerCredentials, PeerServer
 from kv_transfer.roster import MEETINGS, Peer, Roster, Wire
 from kv_transfer.segments import ArenaMap, block_segments, pieces
 from kv_transfer.staging import Staging
+from kv_transfer.threads import DaemonThreads
 from kv_transfer.transport import (
     ARENA,
     BOARD,
@@ -126,7 +126,7 @@ class KvNode:
             lend_pages=self._lend_pages,
         )
         #: Ends leases at their owners, so that no fetch waits for it.
-        self._courier = ThreadPoolExecutor(1, thread_name_prefix=f"kv-courier-{name}")
+        self._courier = DaemonThreads(1, f"kv-courier-{name}")
         #: Guards everything below. Held for microseconds; never while calling a transport, gRPC or a callback.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)

@@ -11,7 +11,6 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -19,6 +18,7 @@ import grpc
 
 from kv_transfer import wire
 from kv_transfer.handle import Handle, HandleRefused
+from kv_transfer.threads import DaemonThreads
 from kv_transfer.wire import PeerFacts
 from protos import kv_pb2, kv_pb2_grpc
 
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 _CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 #: Without it two nodes could be given the same port, each receiving half of the other's calls.
 _SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
+#: More are refused; a caller whose Release is refused lets the lease expire.
+_CALLS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,12 @@ class PeerServer:
         credentials: PeerCredentials | None,
         threads: int,
     ) -> None:
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kv-peer")
-        self._server = grpc.server(self._executor, options=_SERVER_OPTIONS)
+        self._threads = DaemonThreads(threads, "kv-peer")
+        self._server = grpc.server(
+            self._threads,  # type: ignore[arg-type]  # an Executor is all it needs
+            options=_SERVER_OPTIONS,
+            maximum_concurrent_rpcs=_CALLS_AT_ONCE,
+        )
         kv_pb2_grpc.add_KvPeerServicer_to_server(_Servicer(secret, facts, release, extend), self._server)
         if credentials is None:
             port = self._server.add_insecure_port(f"{host}:{port}")
@@ -73,7 +79,7 @@ class PeerServer:
 
     def stop(self, grace_s: float) -> None:
         self._server.stop(grace_s).wait()
-        self._executor.shutdown()
+        self._threads.shutdown()
 
 
 class _Servicer(kv_pb2_grpc.KvPeerServicer):

@@ -11,20 +11,24 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from kv_transfer.registry import make_transports
 from kv_transfer.transport import ARENA, BOARD, STAGING, Region
-from tests.kv_transfer.memory import Bytes, allocate, pattern, region
+from tests.kv_transfer.memory import Bytes, allocate, layout, pattern, region, write_block
 
 _MARK = "peer: "
 ARENA_BYTES, BOARD_BYTES, STAGING_BYTES = 4 << 20, 1 << 16, 4 << 20
 
 
 class PeerProcess:
-    """`kind` is "transport" (answers nothing but "quit") or "node" (see `_serve_node`)."""
+    """`kind` is "transport" (which only is there), "node" or "churn" (see below)."""
 
     def __init__(self, kind: str, transport: str, seed: int, environment: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "tests.kv_transfer.processes", kind, transport, str(seed)]
@@ -45,8 +49,7 @@ class PeerProcess:
         raise AssertionError(f"the peer ended with {self.process.wait()}")
 
     def call(self, **command: object) -> Any:
-        assert self.process.stdin is not None
-        print(json.dumps(command), file=self.process.stdin, flush=True)
+        self.send(**command)
         return self._read()
 
     def stop(self) -> None:
@@ -54,6 +57,10 @@ class PeerProcess:
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
+
+    def send(self, **command: object) -> None:
+        assert self.process.stdin is not None
+        print(json.dumps(command), file=self.process.stdin, flush=True)
 
     def kill(self) -> None:
         self.process.kill()
@@ -126,8 +133,52 @@ def _serve_node(name: str, seed: int) -> None:
                 for block in command["blocks"]:
                     party.overwrite(block)
                 _say(None)
+            case "crash":
+                raise RuntimeError("the engine has crashed, and nobody closed the node")
     party.node.close()
 
 
+CHURN_LAYOUT = layout(segment_bytes=128 << 10, segments_per_block=2)
+
+
+def _serve_churn(name: str, seed: int) -> None:
+    """A node that overwrites blocks the moment their lease has ended, while it is read.
+
+    Block i of the transfer "n" holds the number n + i, again and again.
+    """
+    from tests.kv_transfer.nodes import open_party
+
+    party = open_party(f"p{seed}", make_transports([name]), lay=CHURN_LAYOUT, incarnation=os.urandom(4).hex())
+    leased: dict[str, list[int]] = {}
+    free = list(range(party.where.blocks))
+    lock = threading.Lock()
+
+    def reuse() -> None:
+        while True:
+            with lock:
+                for transfer_id in party.node.take_ended():
+                    for block in leased.pop(transfer_id):
+                        party.overwrite(block)
+                        free.append(block)
+            time.sleep(0.0002)
+
+    threading.Thread(target=reuse, daemon=True).start()
+    _say(party.node.address)
+    for line in sys.stdin:
+        number, count, ttl_s = json.loads(line)["offer"]
+        while len(free) < count:
+            time.sleep(0.001)
+        with lock:
+            blocks, free[:count] = free[:count], []
+            for i, block in enumerate(blocks):
+                content = np.full(CHURN_LAYOUT.block_bytes // 8, number + i, np.uint64).tobytes()
+                write_block(party.arena, party.layout, party.where, block, content)
+            leased[str(number)] = blocks
+            handle = party.offer(str(number), blocks, ttl_s=ttl_s)
+        _say(handle.hex())
+
+
 if __name__ == "__main__":
-    {"transport": _serve_transport, "node": _serve_node}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    {"transport": _serve_transport, "node": _serve_node, "churn": _serve_churn}[sys.argv[1]](
+        sys.argv[2], int(sys.argv[3])
+    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -16,7 +18,7 @@ from kv_transfer.registry import TransportUnavailable, make_transports
 from kv_transfer.segments import one_segment
 from kv_transfer.transport import ARENA, STAGING, Region, TransportError, Unquiesced
 from tests.kv_transfer.nodes import Party, eventually, open_party
-from tests.kv_transfer.processes import PeerProcess, memory_regions, peer_process
+from tests.kv_transfer.processes import CHURN_LAYOUT, PeerProcess, memory_regions, peer_process
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("nixl_cu12") is None, reason="nixl_cu12 is not installed")
 
@@ -209,6 +211,30 @@ def test_a_lease_reused_in_mid_read_is_stale_across_processes(reader: Party) -> 
         assert raised.value.outcome is Outcome.STALE
 
 
+def test_reads_that_race_with_reuse_are_stale_or_right() -> None:
+    """Two processes, no locks between them: the owner's thread writes into what is being read."""
+    random = np.random.default_rng(6)
+    outcomes: Counter[Outcome] = Counter()
+    reader = open_party("d", make_transports(["nixl"]), lay=CHURN_LAYOUT, limits=NodeLimits(piece_bytes=1 << 18))
+    with peer_process("churn", "nixl") as owner:
+        assert not reader.node.connect(peer="p1", address=owner.hello).refusal
+        for number in range(1000, 1000 + 1500, 10):
+            count, ttl_s = int(random.integers(1, 8)), float(random.choice([0.0005, 0.002, 5.0]))
+            handle = bytes.fromhex(owner.call(offer=[number, count, ttl_s]))
+            try:
+                fetched = reader.node.fetch(handle, 20.0)
+            except FetchError as error:
+                outcomes[error.outcome] += 1
+                continue
+            outcomes[Outcome.STAGED] += 1
+            for i, block in enumerate(reader.staged(fetched.staged_id)):
+                assert (np.frombuffer(block, np.uint64) == number + i).all()
+            reader.node.discard(fetched.staged_id)
+    reader.node.check_integrity()
+    reader.node.close()
+    assert set(outcomes) == {Outcome.STAGED, Outcome.STALE}, outcomes
+
+
 def test_a_killed_owner_fails_the_fetch_and_its_successor_serves_the_next(reader: Party) -> None:
     with peer_process("node", "nixl") as owner:
         handles = [_offer(owner, f"t{number}", [1, 2]) for number in range(2)]
@@ -242,3 +268,21 @@ def test_an_owner_that_hangs_keeps_the_pages_until_it_goes_on(monkeypatch: pytes
         reader.node.discard(fetched.staged_id)
         reader.node.check_integrity()
         reader.node.close()
+
+
+def test_a_process_that_crashes_with_an_open_node_exits_while_peers_call_it(reader: Party) -> None:
+    with peer_process("node", "nixl") as owner:
+        exited = threading.Event()
+
+        def call_on() -> None:
+            while not exited.is_set():
+                reader.node.connect(peer="p1", address=owner.hello["address"])
+
+        caller = threading.Thread(target=call_on)
+        caller.start()
+        owner.send(do="crash")
+        try:
+            assert owner.process.wait(20) == 1
+        finally:
+            exited.set()
+            caller.join()

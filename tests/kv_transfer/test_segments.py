@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.segments import ArenaMap, block_segments, check_bounds, merge, one_segment, pieces
@@ -34,6 +34,7 @@ some_reads = st.integers(1, PAGES).flatmap(
 
 
 @given(some_layouts, some_reads, st.sampled_from([layer_major, block_major]), st.integers(0, 5), st.integers(1, 40))
+@settings(deadline=None)
 def test_blocks_land_in_their_pages_whatever_the_arenas_order_and_the_pieces(lay, read, order, offset, piece_bytes):
     blocks, pages = read
     plain = order(lay, BLOCKS)
@@ -70,6 +71,7 @@ def test_neighbours_on_one_side_only_stay_apart():
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 4)), max_size=12))
+@settings(deadline=None)
 def test_merging_changes_no_move(rows):
     columns = [np.array([row[i] for row in rows], np.uint64) for i in range(3)]
     segments = Segments(ARENA, STAGING, *columns)

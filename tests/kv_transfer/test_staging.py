@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.staging import Staging
 
 
 @given(st.integers(0, 24), st.data())
+@settings(deadline=None)
 def test_pages_are_free_or_in_use_never_both_and_never_lost(pages, data):
     staging = Staging(pages)
     taken: list[tuple[int, ...]] = []
