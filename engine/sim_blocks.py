@@ -38,7 +38,7 @@ def extend_digests(digests: list[bytes], root: bytes, token_ids: NDArray[np.uint
     """Appends a digest for each full block of `token_ids` that has none yet."""
     for index in range(len(digests), len(token_ids) // block_tokens):
         tokens = token_ids[index * block_tokens : (index + 1) * block_tokens]
-        digests.append(hashlib.blake2b(tokens, digest_size=16, key=digests[-1] if digests else root).digest())
+        digests.append(hashlib.blake2b(tokens.data, digest_size=16, key=digests[-1] if digests else root).digest())
 
 
 class BlockPool:
