@@ -49,7 +49,6 @@ def test_no_field_can_be_changed(field):
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
-@settings(deadline=None)
 def test_no_byte_can_be_changed(data):
     raw = bytearray(seal(HANDLE, SECRET))
     raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
