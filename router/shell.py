@@ -13,12 +13,14 @@ from typing import Protocol
 
 from router.core import effects as fx
 from router.core import events as ev
+from router.core.budget import Record
 from router.core.core import Core
 from router.core.effects import Effect, Emit, Tokens
 from router.core.errors import AlreadyExists, NotFound
 from router.core.request import GenerationRequest
 from router.core.snapshot import Snapshot, snapshot
 from router.core.stats import Stats
+from router.core.usage import UsageFacts
 from router.core.worker import ModelFacts, Role, WorkerFacts
 from router.port import ModelView, RequestStream
 
@@ -54,6 +56,9 @@ class Shell:
         self.fault: Exception | None = None
         #: Called once, when that happens.
         self.on_fault: Callable[[], None] = lambda: None
+        #: Where the budgets' records and the usage facts go. What follows from a record is done after it was called.
+        self.on_record: Callable[[Record], None] = lambda record: None
+        self.on_usage: Callable[[UsageFacts], None] = lambda usage: None
         #: Called after workers came, went or changed.
         self.on_workers_changed: Callable[[], None] = lambda: None
 
@@ -83,6 +88,10 @@ class Shell:
     def _do(self, effect: Effect) -> None:
         if isinstance(effect, Emit):
             self._emit(effect)
+        elif isinstance(effect, fx.Journal):
+            self.on_record(effect.record)
+        elif isinstance(effect, fx.UsageRecorded):
+            self.on_usage(effect.usage)
         elif self._links is not None:
             if isinstance(effect, fx.CloseLink):
                 self._links.close(effect.worker_id, effect.why)

@@ -20,6 +20,8 @@ from typing import Any
 
 from router.core import effects as fx
 from router.core import events as ev
+from router.core.admission import Admission
+from router.core.budget import Budgets, Record, Reservation
 from router.core.effects import Effect, Emit, Failed, Finished, Tokens
 from router.core.errors import (
     Cancelled,
@@ -31,16 +33,34 @@ from router.core.errors import (
     TandemError,
     Unavailable,
 )
+from router.core.estimate import UNKNOWN, StepModel
+from router.core.fair import Ahead, FairLimits
 from router.core.handoff import leg_sampling, resamples, resume_base
 from router.core.lifecycle import State as Life
 from router.core.lifecycle import Trigger
 from router.core.limits import CoreLimits
-from router.core.placement import Pair, Whole, decodes, fits_somewhere, has_path, place, prompt_blocks, slot_blocks
-from router.core.queue import DispatchQueue, FirstCome
-from router.core.request import FinishReason, GenerationRequest, Route, Timings, TokenLogprobs, Usage
-from router.core.state import Leg, OpenRequest, Pool, State, Worker
+from router.core.linked import Worker
+from router.core.placement import (
+    Ask,
+    Pair,
+    Whole,
+    Why,
+    ask,
+    decodes,
+    fits_somewhere,
+    giving_way,
+    place,
+    prompt_blocks,
+    slot_blocks,
+)
+from router.core.request import FinishReason, GenerationRequest, Lane, Route, Timings, TokenLogprobs, Usage
+from router.core.salt import cache_salt
+from router.core.state import Leg, OpenRequest, Pool, State
 from router.core.stats import Stats
+from router.core.story import Story
+from router.core.tenant import Selector, Tenant, TenantBook
 from router.core.timers import Kind, Timer, Timers
+from router.core.usage import UsageFacts
 from router.core.worker import Role, WorkerFacts, misfit
 
 
@@ -51,12 +71,32 @@ class Core:
         now: float,
         limits: CoreLimits,
         models: Iterable[str],
-        queue: Callable[[], DispatchQueue] = FirstCome,
+        book: TenantBook | None = None,
+        fair: FairLimits | None = None,
+        step: StepModel = UNKNOWN,
+        cache_secret: bytes = b"",
+        wall_offset_s: float = 0.0,
+        records: Iterable[Record] = (),
     ) -> None:
+        """`cache_secret`: cache salts are derived from it and no request's own is used. `wall_offset_s`: added to `now`
+        it gives seconds since 1970. `records`: what a core before this one had journaled; the first `handle` also
+        returns what follows from it."""
         self.limits = limits
         self.stats = Stats()
-        self.state = State(history_max=limits.history_max, story_lines_max=limits.story_lines_max, queue=queue)
+        book = book or TenantBook.open()
+        self.admission = Admission(book, Budgets(wall_offset_s=wall_offset_s, records=records))
+        self.state = State(
+            history_max=limits.history_max,
+            story_lines_max=limits.story_lines_max,
+            preemptions_max=limits.preemptions_max,
+            book=book,
+            fair=fair or FairLimits(),
+        )
+        self._step = step
+        self._cache_secret = cache_secret
         self._effects: list[Effect] = []
+        #: Of the event that is handled.
+        self._now = now
         #: Pools to dispatch before `handle` returns, in the order they were marked.
         self._marked: dict[str, None] = {}
         self._timers = Timers(self._is_live)
@@ -81,15 +121,19 @@ class Core:
             ev.PeerLaneReported: self._peer_lane_reported,
             ev.DrainRequested: self._drain_requested,
             ev.SetRoleRequested: self._set_role_requested,
+            ev.TenantsChanged: self._tenants_changed,
             ev.ShutdownRequested: self._shutdown_requested,
             ev.Tick: self._tick,
         }
         for model in models:
-            self._start_patience(now, self.state.pool(now, model))
+            self.state.pool(now, model)
+            self._timers.set(now + limits.path_wait_s, Kind.PATIENCE, model)
+        self._settle_lost()
 
     # The contract.
 
     def handle(self, now: float, event: ev.Event) -> list[Effect]:
+        self._now = now
         self._handlers[type(event)](now, event)
         while self._marked:
             self._dispatch(now, self.state.pools[self._marked.popitem()[0]])
@@ -115,10 +159,23 @@ class Core:
     def serves(self, model: str) -> bool:
         """True when a request for the model could be dispatched, now or once capacity is free."""
         pool = self.state.pools.get(model)
-        return pool is not None and pool.pathless_since is None and not self._shutting_down
+        return pool is not None and len(pool.pathless_since) < len(self.state.selectors) and not self._shutting_down
+
+    def explain(self, request_id: str) -> Story | None:
+        """The story of a request that is open, or ended not long ago."""
+        if (opened := self.state.requests.get(request_id)) is not None:
+            return self.state.tell(opened)
+        ended = self.state.history.get(request_id)
+        return None if ended is None else ended.told
+
+    def rewritten_journal(self) -> tuple[Record, ...]:
+        """Records to rewrite the journal with; those returned by later calls of `handle` continue it."""
+        return self.admission.budgets.rewritten()
 
     def check_integrity(self) -> None:
-        self.state.check_integrity()
+        self.state.check_integrity(self._now)
+        held = [opened.admitted for opened in self.state.requests.values()]
+        self.admission.check_integrity(admitted for admitted in held if admitted is not None)
         assert not self._marked
         assert not self._effects
         waited_for = {timer.key for timer in self._timers if timer.kind is Kind.DEADLINE}
@@ -132,31 +189,48 @@ class Core:
     def _submit(self, now: float, event: ev.Submit) -> None:
         request = event.request
         assert request.request_id not in self.state.requests, "two open requests of one id"
-        error = self._why_not(now, request)
+        opened = OpenRequest(request)
+        error, opened.ahead = self._why_not(now, request)
         if error is not None:
-            opened = OpenRequest(request)
             self.state.move(opened, Trigger.EXPIRE if isinstance(error, Expired) else Trigger.REFUSE)
             self.state.note(now, opened, f"{opened.state.value}: {error}")
-            self.state.remember(opened, error)
+            self.state.remember(opened, error, None)
             self.stats.outcomes[opened.state] += 1
             self._emit(request.request_id, Failed(error))
             return
-        opened = self.state.open(now, request)
-        self.state.note(now, opened, f"queued: {len(request.prompt)} prompt tokens, tenant {request.tenant}")
+        opened.admitted, record = self.admission.admit(now, request)
+        self._journal(record)
+        tenant = opened.admitted.account.tenant
+        opened.salt = cache_salt(self._cache_secret, tenant) if self._cache_secret else request.cache_salt
+        self.state.open(now, opened)
+        self.state.note(now, opened, _arrival_note(request, opened.ahead))
         self._timers.set(request.deadline, Kind.DEADLINE, request.request_id)
         self._mark(request.model)
 
-    def _why_not(self, now: float, request: GenerationRequest) -> TandemError | None:
-        limits = self.limits
+    def _why_not(self, now: float, request: GenerationRequest) -> tuple[TandemError | None, Ahead | None]:
+        """And what it would find before it."""
         pool = self.state.pools.get(request.model)
         if pool is None:
-            return NotFound("model", request.model, f"model {request.model!r} is not served here")
+            return NotFound("model", request.model, f"model {request.model!r} is not served here"), None
+        tenant = self.admission.book.tenant(request.tenant)
+        error = self._why_not_now(now, request, pool, tenant)
+        if error is not None or tenant is None:
+            return error, None
+        ahead = pool.queue.ahead(now, request.tenant, request.lane)
+        return self._why_not_for_its_tenant(now, request, ahead), ahead
+
+    def _why_not_now(
+        self, now: float, request: GenerationRequest, pool: Pool, tenant: Tenant | None
+    ) -> TandemError | None:
+        limits = self.limits
         if self._shutting_down:
             return Unavailable("SHUTTING_DOWN", "this router is shutting down", retry_after_s=limits.retry_after_s)
         if request.deadline <= now:
             return Expired("the deadline had passed on arrival")
-        if self._gave_up(now, pool):
-            return self._no_workers(pool)
+        if tenant is None:
+            return NotFound("tenant", request.tenant, "the credential's tenant does not exist")
+        if self._gave_up(now, pool, tenant.pool):
+            return self._no_workers(pool, tenant.pool)
         if self.state.queued >= limits.queue_requests_max:
             return Rejected(
                 "QUEUE_REQUESTS",
@@ -170,6 +244,25 @@ class Core:
                 retry_after_s=limits.retry_after_s,
             )
         return None
+
+    def _why_not_for_its_tenant(self, now: float, request: GenerationRequest, ahead: Ahead) -> TandemError | None:
+        one_by_one = ahead.wait_s / max(1, ahead.own_requests)
+        error = self.admission.why_not(now, request, queue_wait_s=max(self.limits.retry_after_s, one_by_one))
+        if error is not None:
+            return error
+        first_token_s = ahead.wait_s
+        if self._step is not UNKNOWN:
+            # Something may be cached, so only what surely has to be computed counts.
+            first_token_s += self._step.compute_s(1, len(request.prompt))
+        late_s = now + first_token_s - request.deadline
+        if late_s <= 0:
+            return None
+        self.stats.refused_early += 1
+        return Rejected(
+            "DEADLINE_TOO_SOON",
+            f"the first token is predicted in {first_token_s:.1f} s, the deadline is in {request.deadline - now:.1f} s",
+            retry_after_s=max(self.limits.retry_after_s, late_s),
+        )
 
     def _cancel(self, now: float, event: ev.Cancel) -> None:
         opened = self.state.requests.get(event.request_id)
@@ -188,6 +281,20 @@ class Core:
     def _stop_matched(self, now: float, event: ev.StopMatched) -> None:
         if (opened := self.state.requests.get(event.request_id)) is not None:
             self._finish(now, opened, FinishReason.STOP, completion_tokens=event.completion_tokens)
+
+    # Tenants.
+
+    def _tenants_changed(self, now: float, event: ev.TenantsChanged) -> None:
+        self.admission.configure(now, event.book)
+        self.state.configure(now, event.book)
+        for pool in self.state.pools.values():
+            self._look_for_paths(now, pool)
+        for opened in tuple(self.state.requests.values()):
+            # Legs that run go on where they are; from now on nothing of it is sent where it may not be.
+            if opened.slot_at is not None and opened.decode_leg is None:
+                pool = self.state.pools[opened.request.model]
+                if not pool.roster.is_open_to(self.state.workers[opened.slot_at], _selector(opened)):
+                    self._lose_slot(now, opened, f"{opened.slot_at} is not open to its tenant any more")
 
     # Workers come and go.
 
@@ -209,6 +316,7 @@ class Core:
     def _lose(self, now: float, worker: Worker, why: str) -> None:
         """Whatever it held is gone; each request there goes on elsewhere."""
         worker.gone = True
+        self.state.touch(worker)
         self.stats.workers_lost += 1
         blame = f"{worker.worker_id} was lost ({why})"
         for opened in self.state.requests_at(worker):
@@ -230,6 +338,7 @@ class Core:
         if worker is None or worker.role is event.role:
             return
         worker.role = event.role
+        self.state.touch(worker)
         if worker.role is Role.PREFILL:
             self._lose_unused_slots(now, worker, f"{worker.worker_id} decodes no more")
         self._introduce(worker)
@@ -254,6 +363,7 @@ class Core:
         if worker.draining:
             return
         worker.draining = True
+        self.state.touch(worker)
         self._lose_unused_slots(now, worker, f"{worker.worker_id} is draining")
         self._workers_changed(now, worker.facts.model.name)
 
@@ -279,24 +389,27 @@ class Core:
                     self._effects.append(fx.SendPeers(other.worker_id, (worker.facts,)))
 
     def _workers_changed(self, now: float, model: str) -> None:
-        pool = self.state.pools[model]
-        if has_path(pool):
-            pool.pathless_since = None
-        elif pool.pathless_since is None:
-            self._start_patience(now, pool)
-        self._mark(model)
+        self._look_for_paths(now, self.state.pools[model])
 
-    def _start_patience(self, now: float, pool: Pool) -> None:
-        pool.pathless_since = now
-        self._timers.set(now + self.limits.path_wait_s, Kind.PATIENCE, pool.model)
+    def _look_for_paths(self, now: float, pool: Pool) -> None:
+        """Selectors that nobody serves lose patience; those that somebody serves again get it back."""
+        was, pool.pathless_since = pool.pathless_since, {}
+        for selector in self.state.selectors:
+            if not pool.roster.has_path(now, selector):
+                pool.pathless_since[selector] = was.get(selector, now)
+                if selector not in was:
+                    self._timers.set(now + self.limits.path_wait_s, Kind.PATIENCE, pool.model)
+        self._mark(pool.model)
 
-    def _gave_up(self, now: float, pool: Pool) -> bool:
-        return pool.pathless_since is not None and now >= pool.pathless_since + self.limits.path_wait_s
+    def _gave_up(self, now: float, pool: Pool, selector: Selector) -> bool:
+        since = pool.pathless_since.get(selector)
+        return since is not None and now >= since + self.limits.path_wait_s
 
-    def _no_workers(self, pool: Pool) -> Unavailable:
+    def _no_workers(self, pool: Pool, selector: Selector) -> Unavailable:
+        where = ", ".join(f"{name}={value}" for name, value in sorted(selector))
         return Unavailable(
             "NO_WORKERS",
-            f"no worker can decode for model {pool.model!r}",
+            f"no worker {f'with {where} ' if where else ''}can decode for model {pool.model!r}",
             retry_after_s=max(self.limits.retry_after_s, self.limits.path_wait_s / 4),
         )
 
@@ -333,6 +446,8 @@ class Core:
         worker.strikes = 0
         self._mark(worker.facts.model.name)
         self.state.close_prefill_leg(opened)
+        self._computed(opened, opened.leg_tokens - event.cached_tokens)
+        opened.prompt_done = True
         if event.handle:
             opened.handle = event.handle
         if opened.prefilled_at is None:
@@ -389,6 +504,8 @@ class Core:
             self._handed_off(now, opened)
         if opened.prefilling_at is not None:
             self.state.computed(opened)
+            self._computed(opened, opened.leg_tokens - cached_tokens)
+            opened.prompt_done = True
             self._mark(opened.request.model)
             opened.cached_tokens = max(opened.cached_tokens, cached_tokens)
             opened.prefill_s += now - opened.ordered_at
@@ -420,6 +537,7 @@ class Core:
 
     def _close_ended_leg(self, opened: OpenRequest) -> None:
         """The worker ended it, so there is nothing to cancel. Blocks may still be pinned at a prefill worker."""
+        self._computed_in_part(opened)
         if opened.prefill_leg is not None:
             self.state.close_prefill_leg(opened)
         elif opened.decode_leg is not None:
@@ -436,6 +554,7 @@ class Core:
         pause = min(self.limits.rest_s_min * 2 ** min(worker.strikes, 16), self.limits.rest_s_max)
         worker.strikes += 1
         worker.rest_until = now + pause
+        self.state.touch(worker)
         self._timers.set(worker.rest_until, Kind.REST, worker.worker_id)
 
     # Tokens.
@@ -471,8 +590,13 @@ class Core:
             self._retry_decode(now, opened, "replaying it ended earlier")
             return True
         opened.position += count
+        opened.replayed_tokens += again
         if token_ids:
+            self._grant(opened, len(generated) + len(token_ids))
             generated.extend(token_ids)
+            if len(generated) > opened.charged_tokens:
+                queue = self.state.pools[opened.request.model].queue
+                opened.charged_tokens = queue.grow(now, opened.request_id, len(generated))
             if opened.first_token_at is None:
                 opened.first_token_at = now
                 self.stats.ttft_s.observe(now - opened.request.arrival)
@@ -493,20 +617,37 @@ class Core:
         self._marked[model] = None
 
     def _dispatch(self, now: float, pool: Pool) -> None:
-        while (request_id := pool.queue.peek()) is not None:
+        queue = pool.queue
+        queue.unpark()
+        while (request_id := queue.peek(now)) is not None:
             opened = self.state.requests[request_id]
             if opened.request.deadline <= now:
                 self._expire(now, opened)
                 continue
-            placement = place(now, pool, opened, self.limits)
+            what = ask(now, pool, opened, _selector(opened), self.limits, self._step)
+            placement = place(what)
             if isinstance(placement, Pair):
                 self._order_prefill(now, opened, placement)
             elif isinstance(placement, Whole):
                 self._order_whole(now, opened, placement)
-            elif has_path(pool) and not fits_somewhere(pool, opened):
+            elif pool.roster.has_path(now, what.selector) and not fits_somewhere(what):
                 self._refuse(now, opened, self._too_large(opened))
-            else:
-                return
+            elif not self._make_way(now, what):
+                queue.park()
+
+    def _make_way(self, now: float, what: Ask) -> bool:
+        """True when batch work was stopped, so that guaranteed realtime work can be placed. It keeps its tokens."""
+        if not what.pool.queue.is_guaranteed or what.opened.request.lane is not Lane.REALTIME:
+            return False
+        victims = giving_way(what, self.state.requests)
+        for opened in victims:
+            opened.preemptions += 1
+            self.stats.preemptions += 1
+            self._let_go(opened)
+            self.state.drop_slot(opened)
+            opened.forgiven = True
+            self._again(now, opened, "it gave way to guaranteed realtime work")
+        return bool(victims)
 
     def _too_large(self, opened: OpenRequest) -> TandemError:
         sampling = opened.request.sampling
@@ -521,15 +662,55 @@ class Core:
             opened.dispatched_at = now
             self.stats.queue_wait_s.observe(now - opened.request.arrival)
         opened.ordered_at = now
+        if opened.admitted is not None:
+            self.admission.dispatched(opened.admitted)
+        self._grant(opened, len(opened.generated))
         opened.base = resume_base(opened.request.sampling, len(opened.generated), replay_failed=opened.replay_failed)
 
-    def _order_prefill(self, now: float, opened: OpenRequest, pair: Pair) -> None:
+    def _placed(self, now: float, opened: OpenRequest, placement: Pair | Whole, trigger: Trigger) -> None:
+        self.state.leave_queue(now, opened, trigger, cached_tokens=placement.cached_tokens)
         self._begin(now, opened)
-        self.state.leave_queue(opened, Trigger.ORDER_PREFILL)
+        opened.placed = placement.why.value
+
+    def _learn(self, opened: OpenRequest, worker: Worker) -> None:
+        """Both workers of a pair will hold the prompt's KV."""
+        if opened.prefix:
+            capacity = worker.facts.capacity
+            prefixes = self.state.pools[opened.request.model].prefixes
+            prefixes.learn(opened.prefix, worker.worker_id, capacity.kv_blocks * capacity.block_tokens)
+
+    def _will_compute(self, opened: OpenRequest, worker: Worker, tokens: int) -> None:
+        opened.queued_before, opened.leg_tokens = worker.prefilling.total, tokens
+
+    def _computed(self, opened: OpenRequest, tokens: int) -> None:
+        opened.computed_tokens += tokens
+        if not opened.forgiven:
+            opened.charged_prompt_tokens += tokens
+        opened.forgiven = False
+
+    def _computed_in_part(self, opened: OpenRequest) -> None:
+        """Its prompt was being computed and will not be to the end. Nobody says how far it got: by the step-time
+        model, or all of it where there is none."""
+        if opened.prefilling_at is None:
+            return
+        tokens = opened.leg_tokens
+        if self._step is not UNKNOWN:
+            reached = (self._now - opened.ordered_at) / self._step.prefill_s_per_token - opened.queued_before
+            tokens = round(min(tokens, max(0.0, reached)))
+        self._computed(opened, tokens)
+
+    def _order_prefill(self, now: float, opened: OpenRequest, pair: Pair) -> None:
+        self._placed(now, opened, pair, Trigger.ORDER_PREFILL)
+        if pair.why is Why.PREFIX:
+            self.stats.prefix_choices += 1
+            self.stats.prefix_tokens += pair.cached_tokens
         if opened.slot_at is None:
             self.state.take_slot(opened, pair.decode, slot_blocks(pair.decode, opened, self.limits))
         request = opened.request
         tokens = request.prompt + tuple(opened.generated[: opened.base])
+        self._will_compute(opened, pair.prefill, len(tokens))
+        self._learn(opened, pair.prefill)
+        self._learn(opened, pair.decode)
         leg = self.state.open_prefill_leg(
             opened, pair.prefill, tokens=len(tokens), blocks=prompt_blocks(pair.prefill, opened)
         )
@@ -544,7 +725,7 @@ class Core:
                 tenant=request.tenant,
                 token_ids=tokens,
                 sampling=sampling,
-                cache_salt=request.cache_salt,
+                cache_salt=opened.salt,
                 timeout_s=request.deadline - now,
                 hand_off=sampling.max_tokens > 1,
                 reader=pair.decode.worker_id,
@@ -554,14 +735,15 @@ class Core:
 
     def _order_whole(self, now: float, opened: OpenRequest, whole: Whole) -> None:
         """Its decode worker computes the prompt itself."""
-        self._begin(now, opened)
-        self.state.leave_queue(opened, Trigger.ORDER_WHOLE)
+        self._placed(now, opened, whole, Trigger.ORDER_WHOLE)
         if opened.slot_at is None:
             self.state.take_slot(opened, whole.worker, slot_blocks(whole.worker, opened, self.limits))
         opened.prefill_worker = opened.decode_worker = whole.worker.worker_id
         opened.transport, opened.transfer_bytes, opened.transfer_s = "", 0, 0.0
         opened.local_prefill = True
         self.stats.local_prefills += 1
+        self.stats.local_short += whole.why is Why.SHORT
+        self.stats.local_cached += whole.why is Why.CACHED
         self._send_decode(now, opened, handle=b"")
 
     def _order_decode(self, now: float, opened: OpenRequest) -> None:
@@ -574,6 +756,10 @@ class Core:
     def _send_decode(self, now: float, opened: OpenRequest, *, handle: bytes) -> None:
         request = opened.request
         tokens = request.prompt + tuple(opened.generated[: opened.base])
+        if not handle:
+            worker = self.state.workers[opened.slot_at or ""]
+            self._will_compute(opened, worker, len(tokens))
+            self._learn(opened, worker)
         leg = self.state.open_decode_leg(opened, prompt_tokens=0 if handle else len(tokens))
         opened.position = opened.base
         self.state.note(now, opened, f"decode ordered at {leg.worker_id}" + ("" if handle else ", prompt and all"))
@@ -585,7 +771,7 @@ class Core:
                 token_ids=tokens,
                 prompt_tokens=len(request.prompt),
                 sampling=leg_sampling(request.sampling, opened.base),
-                cache_salt=request.cache_salt,
+                cache_salt=opened.salt,
                 timeout_s=request.deadline - now,
                 handle=handle,
             )
@@ -630,11 +816,12 @@ class Core:
 
     def _again(self, now: float, opened: OpenRequest, why: str) -> None:
         self.state.note(now, opened, f"again: {why}")
-        self.state.rejoin_queue(opened)
+        self.state.rejoin_queue(now, opened)
         self._mark(opened.request.model)
 
     def _let_go(self, opened: OpenRequest) -> None:
         """Cancels its legs and gives its lease back, at workers that can still be told."""
+        self._computed_in_part(opened)
         workers = self.state.workers
         handle, pinned_at = opened.handle, opened.pinned_at
         for leg in (opened.prefill_leg, opened.decode_leg):
@@ -660,7 +847,7 @@ class Core:
             completion_tokens=known if completion_tokens is None else min(completion_tokens, known),
         )
         timings, route = self._timings(now, opened), _route(opened)
-        self._close(now, opened, Trigger.FINISH, None)
+        self._close(now, opened, Trigger.FINISH, None, completion_tokens=usage.completion_tokens)
         self._emit(opened.request_id, Finished(reason=reason, usage=usage, timings=timings, route=route))
 
     def _refuse(self, now: float, opened: OpenRequest, error: TandemError) -> None:
@@ -675,10 +862,21 @@ class Core:
         self._close(now, opened, trigger, error)
         self._emit(opened.request_id, Failed(error))
 
-    def _close(self, now: float, opened: OpenRequest, trigger: Trigger, error: TandemError | None) -> None:
+    def _close(
+        self,
+        now: float,
+        opened: OpenRequest,
+        trigger: Trigger,
+        error: TandemError | None,
+        *,
+        completion_tokens: int | None = None,
+    ) -> None:
         self._let_go(opened)
         self.state.drop_slot(opened)
-        self.state.end(now, opened, trigger, error)
+        cost = self.state.end(now, opened, trigger, error)
+        if completion_tokens is None:
+            completion_tokens = len(opened.generated)
+        self.state.remember(opened, error, self._settle(now, opened, cost, completion_tokens))
         self._mark(opened.request.model)
         stats = self.stats
         stats.outcomes[opened.state] += 1
@@ -687,6 +885,64 @@ class Core:
             stats.prompt_tokens += len(opened.request.prompt)
             stats.cached_prompt_tokens += opened.cached_tokens
             stats.completion_tokens += len(opened.generated)
+
+    def _settle(self, now: float, opened: OpenRequest, cost: float, completion_tokens: int) -> UsageFacts | None:
+        admitted, request = opened.admitted, opened.request
+        assert admitted is not None
+        prompt_tokens = _billed_prompt(opened)
+        cached_tokens = min(opened.cached_tokens, prompt_tokens) if opened.prompt_done else 0
+        plan = admitted.plan
+        begun = opened.dispatched_at is not None
+        money = 0
+        if plan is not None and prompt_tokens:
+            money = plan.price_micros(
+                prompt_tokens=prompt_tokens, cached_prompt_tokens=cached_tokens, completion_tokens=completion_tokens
+            )
+        self._journal(
+            self.admission.settle(
+                admitted, prompt_tokens=prompt_tokens, output_tokens=completion_tokens, money_micros=money
+            )
+        )
+        if not begun:
+            return None
+        usage = UsageFacts(
+            request_id=request.request_id,
+            tenant=admitted.tenant,
+            model=request.model,
+            lane=request.lane,
+            outcome=opened.state,
+            prompt_tokens=prompt_tokens,
+            cached_prompt_tokens=cached_tokens,
+            completion_tokens=completion_tokens,
+            money_micros=money,
+            price_plan="" if plan is None else plan.name,
+            price_plan_version="" if plan is None else plan.version,
+            prefill_tokens_computed=opened.computed_tokens,
+            cost=cost,
+            retries=opened.retries,
+            preemptions=opened.preemptions,
+            transfer_bytes=opened.transfer_bytes,
+            queue_s=opened.dispatched_at - request.arrival if opened.dispatched_at is not None else 0.0,
+            total_s=now - request.arrival,
+        )
+        self._effects.append(fx.UsageRecorded(usage))
+        return usage
+
+    def _grant(self, opened: OpenRequest, output_tokens: int) -> None:
+        if opened.admitted is not None and opened.admitted.reservation:
+            self._journal(self.admission.grant(opened.admitted, output_tokens))
+
+    def _journal(self, record: Record | None) -> None:
+        if record is not None:
+            self._effects.append(fx.Journal(record))
+
+    def _settle_lost(self) -> None:
+        """What the core before this one had open has ended with it. It is charged what it may have used at most."""
+        budgets = self.admission.budgets
+        for held in budgets.open:
+            self._journal(budgets.settle(held.number, tokens=held.granted_tokens, money_micros=held.granted_micros))
+            if held.granted_tokens:
+                self._effects.append(fx.UsageRecorded(_lost(held)))
 
     def _timings(self, now: float, opened: OpenRequest) -> Timings:
         arrival = opened.request.arrival
@@ -711,7 +967,9 @@ class Core:
             elif timer.kind is Kind.PATIENCE:
                 self._fail_waiting(now, self.state.pools[timer.key])
             elif timer.kind is Kind.REST:
-                self._mark(self.state.workers[timer.key].facts.model.name)
+                worker = self.state.workers[timer.key]
+                self.state.touch(worker)
+                self._mark(worker.facts.model.name)
             else:
                 self._look_for_silence(now)
 
@@ -720,16 +978,18 @@ class Core:
             opened = self.state.requests.get(timer.key)
             return opened is not None and opened.request.deadline == timer.at
         if timer.kind is Kind.PATIENCE:
-            since = self.state.pools[timer.key].pathless_since
-            return since is not None and since + self.limits.path_wait_s == timer.at
+            since = self.state.pools[timer.key].pathless_since.values()
+            return any(at + self.limits.path_wait_s == timer.at for at in since)
         if timer.kind is Kind.REST:
             worker = self.state.workers.get(timer.key)
             return worker is not None and worker.rest_until == timer.at
         return True
 
     def _fail_waiting(self, now: float, pool: Pool) -> None:
-        while (request_id := pool.queue.peek()) is not None:
-            self._refuse(now, self.state.requests[request_id], self._no_workers(pool))
+        for selector in tuple(pool.pathless_since):
+            if self._gave_up(now, pool, selector):
+                for request_id in pool.queue.waiting_of(selector):
+                    self._refuse(now, self.state.requests[request_id], self._no_workers(pool, selector))
 
     def _look_for_silence(self, now: float) -> None:
         for worker in tuple(self.state.workers.values()):
@@ -763,4 +1023,44 @@ def _route(opened: OpenRequest) -> Route:
         transfer_bytes=opened.transfer_bytes,
         retries=opened.retries,
         local_prefill=opened.local_prefill,
+    )
+
+
+def _selector(opened: OpenRequest) -> Selector:
+    assert opened.admitted is not None
+    return opened.admitted.account.tenant.pool
+
+
+def _arrival_note(request: GenerationRequest, ahead: Ahead | None) -> str:
+    text = f"queued: {len(request.prompt)} prompt tokens, tenant {request.tenant}, lane {request.lane.value}"
+    if ahead is None or not (ahead.own_requests or ahead.others_requests):
+        return text
+    return (
+        f"{text}; before it {ahead.own_requests} of its own (cost {ahead.own_cost:.0f}) and {ahead.others_requests} of "
+        f"others (cost {ahead.others_cost:.0f}); predicted wait {ahead.wait_s:.2f} s"
+    )
+
+
+def _billed_prompt(opened: OpenRequest) -> int:
+    """All of it once it was computed. Of one that the client gave up, or had no more time for, what was computed; of
+    one that failed, nothing."""
+    if opened.prompt_done:
+        return len(opened.request.prompt)
+    if opened.state in (Life.CANCELLED, Life.EXPIRED):
+        return min(len(opened.request.prompt), opened.charged_prompt_tokens)
+    return 0
+
+
+def _lost(held: Reservation) -> UsageFacts:
+    return UsageFacts(
+        request_id=held.request_id,
+        tenant=held.tenant,
+        model="",
+        lane=Lane.STANDARD,
+        outcome=Life.FAILED,
+        prompt_tokens=held.granted_tokens,
+        cached_prompt_tokens=0,
+        completion_tokens=0,
+        money_micros=held.granted_micros,
+        estimated=True,
     )

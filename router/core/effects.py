@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from router.core.budget import Record
 from router.core.errors import TandemError
 from router.core.request import FinishReason, Route, Sampling, Timings, TokenLogprobs, Usage
+from router.core.usage import UsageFacts
 from router.core.worker import Role, WorkerFacts
 
 # To workers.
@@ -81,6 +83,23 @@ class CloseLink:
     why: str
 
 
+# To disk.
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """To be appended to the journal before the effects that follow are carried out."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRecorded:
+    """Once per request that was dispatched, when it ends."""
+
+    usage: UsageFacts
+
+
 # To clients.
 
 
@@ -114,4 +133,16 @@ class Emit(NamedTuple):
     event: ClientEvent
 
 
-Effect = Emit | SendPrefill | SendDecode | CancelLeg | ReleaseLease | SendPeers | SendDrain | SendSetRole | CloseLink
+Effect = (
+    Emit
+    | SendPrefill
+    | SendDecode
+    | CancelLeg
+    | ReleaseLease
+    | SendPeers
+    | SendDrain
+    | SendSetRole
+    | CloseLink
+    | Journal
+    | UsageRecorded
+)

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from router.core.request import FinishReason, GenerationRequest, TokenLogprobs
+from router.core.tenant import TenantBook
 from router.core.worker import Load, PeerLane, Role, WorkerFacts
 
 # From edges.
@@ -154,6 +155,13 @@ class SetRoleRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantsChanged:
+    """What is open goes on; what waits and what comes is judged by this book."""
+
+    book: TenantBook
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownRequested:
     """Refuse what comes; `final` also ends what is open."""
 
@@ -186,6 +194,7 @@ Event = (
     | PeerLaneReported
     | DrainRequested
     | SetRoleRequested
+    | TenantsChanged
     | ShutdownRequested
     | Tick
 )

@@ -33,12 +33,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from router.core.heap import LazyHeap
-from router.core.queue import Waiting
 from router.core.rate import Bucket, BusyRate
 from router.core.request import Lane
 from router.core.tenant import LANES, Selector, Tenant, TenantBook
+
+
+class Waiting(NamedTuple):
+    """What an order may depend on."""
+
+    request_id: str
+    tenant: str
+    lane: Lane
+    #: Prompt tokens to compute.
+    prompt_tokens: int
+    #: Tokens it may generate.
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,11 +220,15 @@ class FairQueue:
         request_id, waiting = flow.waiting.popitem(last=False)
         del self._where[request_id]
         self._count(now, flow, waiting, -1)
-        charge = self._charges.get(request_id)
-        if charge is None:
+        cost = 0.0
+        if request_id not in self._charges:
             charge = self._charges[request_id] = self._charge(now, choice, waiting, cached_tokens)
+            cost = charge.cost
+        charge = self._charges[request_id]
         self._hold(charge, waiting.prompt_tokens + charge.output_tokens)
         self._changed(now, flow.account)
+        if cost:
+            self._put_aside(flow.lane, cost)
         return request_id
 
     def remove(self, now: float, request_id: str) -> None:
@@ -221,17 +237,18 @@ class FairQueue:
         self._count(now, flow, flow.waiting.pop(request_id), -1)
         self._changed(now, flow.account)
 
-    def grow(self, now: float, request_id: str, output_tokens: int) -> None:
+    def grow(self, now: float, request_id: str, output_tokens: int) -> int:
         """A running request has generated this many tokens. When that is more than it was charged for, it is charged
-        for twice as many, so it costs little to ask after each step."""
+        for twice as many. Returns for how many it is charged: until then there is no need to ask again."""
         charge = self._charges[request_id]
         if output_tokens <= charge.output_tokens:
-            return
+            return charge.output_tokens
         more = min(charge.max_tokens, max(2 * charge.output_tokens, output_tokens)) - charge.output_tokens
         charge.output_tokens += more
         self._pay(now, charge, self._limits.output_cost * more, more)
         self._hold(charge, charge.held + more)
         self._changed(now, charge.flow.account)
+        return charge.output_tokens
 
     def settle(self, now: float, request_id: str, prompt_tokens: int, output_tokens: int) -> float:
         """A dispatched request ended; its charge becomes what it really used. Returns that cost."""
@@ -251,6 +268,11 @@ class FairQueue:
             self._output_estimate += (output_tokens - self._output_estimate) * gain
         self._changed(now, flow.account)
         return cost
+
+    def waiting_of(self, selector: Selector) -> list[str]:
+        """All that wait for workers of this selector, flow by flow. Costs O(tenants)."""
+        accounts = [account for account in self._accounts.values() if account.tenant.pool == selector]
+        return [request_id for account in accounts for flow in account.flows.values() for request_id in flow.waiting]
 
     def is_charged(self, request_id: str) -> bool:
         return request_id in self._charges
@@ -351,7 +373,6 @@ class FairQueue:
             rank = self._class(flow.account.tenant.pool).ranks[flow.lane]
             rank.served = max(rank.served, flow.counter)
         self._pay(now, charge, cost, waiting.prompt_tokens + charge.output_tokens)
-        self._put_aside(flow.lane, cost)
         self._rate.add(now, cost)
         return charge
 

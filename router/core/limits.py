@@ -19,6 +19,8 @@ class CoreLimits:
     #: Of the tokens a request may generate, how many get KV room reserved at dispatch. Engines preempt when a
     #: crowd of long answers outgrows that; reserving for the longest answer possible would leave memory idle.
     reserve_tokens_max: int = 512
+    #: Times that a request of the batch lane may be made to wait for guaranteed realtime work.
+    preemptions_max: int = 2
     #: A pool that nobody can serve keeps its queue this long; then it fails what waits and refuses what comes.
     path_wait_s: float = 30.0
     #: What a refused client is told to wait.
@@ -36,7 +38,14 @@ class CoreLimits:
         for name in ("queue_requests_max", "queue_tokens_max", "prefill_attempts_max", "decode_attempts_max"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, is {getattr(self, name)}")
-        for name in ("local_prefill_tokens_max", "reserve_tokens_max", "path_wait_s", "retry_after_s", "history_max"):
+        for name in (
+            "local_prefill_tokens_max",
+            "reserve_tokens_max",
+            "preemptions_max",
+            "path_wait_s",
+            "retry_after_s",
+            "history_max",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, is {getattr(self, name)}")
         if not 0 < self.rest_s_min <= self.rest_s_max:

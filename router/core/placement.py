@@ -1,67 +1,139 @@
 """Who serves a request: a pair of workers, or one worker for all of it. Decides only; `core.py` carries it out.
 
-1. A **pair**: of the prefill workers with a free leg and KV room, the one with the fewest prompt tokens before it; of
-   the decode workers with a free slot and KV room for the answer, the one with the most room, unless the two are known
-   not to reach each other. A request that is run again keeps its decode slot and avoids the prefill worker that
-   failed it.
-2. A **whole engine** (role BOTH): the one with the most room serves alone.
-3. A decode worker serves alone when no prefill worker could, now or later, or when the transfer has failed too often;
+Only workers open to the tenant's selector are looked at, of those only the best ranked and the few that probably hold
+the prompt's beginning (`roster.py`, `prefix.py`), so a choice costs O(log n).
+
+1. **At its decode worker**, where splitting would lose: what is left to compute there is so short that the step-time
+   model lets it delay the others, because the prompt is short or because the worker holds its beginning.
+2. A **pair**: the prefill worker with the earliest predicted first token (prompts before it + what is not cached there
+   + the move), and the decode worker with the most KV room, unless the two are known not to reach each other. A request
+   that is run again keeps its decode slot and avoids the prefill worker that failed it.
+3. A **whole engine** (role BOTH) serves alone; chosen like a prefill worker, but first by how many it serves.
+4. A decode worker serves alone when no prefill worker could, now or later, or when the transfer has failed too often;
    within a budget, because the prompts it computes delay those it is decoding for.
 
-None means: wait. Costs O(workers of the pool).
+None means: wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from itertools import islice
 
+from router.core.estimate import StepModel
 from router.core.limits import CoreLimits
-from router.core.state import OpenRequest, Pool, Worker
+from router.core.linked import Worker
+from router.core.roster import Group, Ranking
+from router.core.state import OpenRequest, Pool
+from router.core.tenant import Selector
 from router.core.worker import Role
+
+#: How many of the best ranked are looked at where the best may not do.
+_LOOK = 8
+
+
+class Why(Enum):
+    """What decided."""
+
+    LEAST_LOADED = "the earliest predicted first token"
+    PREFIX = "the earliest predicted first token, since it holds the prompt's beginning"
+    WHOLE = "one engine for all"
+    SHORT = "the prompt is short enough to be computed where it is decoded"
+    CACHED = "its decode worker holds the prompt's beginning"
+    NO_PREFILL = "no prefill worker can serve it"
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     prefill: Worker
     decode: Worker
+    why: Why
+    #: Prompt tokens that the prefill worker probably has cached.
+    cached_tokens: int = 0
+    #: Predicted from now; means something with a step-time model only.
+    ttft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
     worker: Worker
+    why: Why
+    cached_tokens: int = 0
+    ttft_s: float = 0.0
 
 
-def place(now: float, pool: Pool, opened: OpenRequest, limits: CoreLimits) -> Pair | Whole | None:
-    ready = [worker for worker in pool.workers.values() if _serves(worker, now)]
-    decoders = _decoders(ready, opened, limits)
-    if not opened.local_only and (pair := _pair(ready, decoders, opened)) is not None:
-        return pair
-    if opened.slot_at is None and (whole := _whole_engine(ready, opened, limits)) is not None:
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request to be placed, and what is the same for all workers."""
+
+    now: float
+    pool: Pool
+    opened: OpenRequest
+    selector: Selector
+    limits: CoreLimits
+    step: StepModel
+    #: Open to it and not waited for by others.
+    groups: tuple[Group, ...]
+    #: Workers that probably hold the prompt's beginning, with how many tokens of it.
+    holders: Mapping[str, int]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.opened.request.prompt) + len(self.opened.generated)
+
+    def uncached(self, worker: Worker) -> int:
+        # The last token is always computed: it gives the first one of the answer.
+        return max(1, self.tokens - self.holders.get(worker.worker_id, 0))
+
+    def ttft_s(self, worker: Worker) -> float:
+        return self.step.queue_s(worker.prefilling.total) + self.step.compute_s(self.uncached(worker), self.tokens)
+
+
+def ask(now: float, pool: Pool, opened: OpenRequest, selector: Selector, limits: CoreLimits, step: StepModel) -> Ask:
+    if opened.prefix is None:
+        opened.prefix = pool.prefixes.prefix(opened.salt, opened.request.prompt)
+    return Ask(
+        now,
+        pool,
+        opened,
+        selector,
+        limits,
+        step,
+        groups=pool.roster.groups(now, selector, pool.queue.parked),
+        holders=pool.prefixes.holders(opened.prefix),
+    )
+
+
+def place(what: Ask) -> Pair | Whole | None:
+    opened = what.opened
+    decoders = _decoders(what)
+    if not opened.local_only:
+        if (here := _where_it_is_decoded(what, decoders)) is not None:
+            return here
+        if (pair := _pair(what, decoders)) is not None:
+            return pair
+    if opened.slot_at is None and (whole := _whole_engine(what)) is not None:
         return whole
-    if not opened.local_only and _prefill_may_come(pool, decoders, opened):
+    if not opened.local_only and _prefill_may_come(what, decoders):
         return None
-    return _local(decoders, opened, limits)
+    return _local(what)
 
 
-def has_path(pool: Pool) -> bool:
-    """True when some worker can decode: then every request is served, be it slowly."""
-    return any(decodes(worker) for worker in pool.workers.values())
+def fits_somewhere(what: Ask) -> bool:
+    """True unless every worker that can decode is too small for this request even when empty."""
+    request = what.opened.request
+    tokens = len(request.prompt) + request.sampling.max_tokens
+    largest = (group.decoders.first() for group in what.pool.roster.groups(what.now, what.selector))
+    return any(
+        worker is not None and worker.blocks_for(tokens) <= worker.facts.capacity.kv_blocks for worker in largest
+    )
 
 
 def decodes(worker: Worker) -> bool:
     """True when it takes decode legs, now or once it has room."""
     return worker.role is not Role.PREFILL and not (worker.draining or worker.gone)
-
-
-def fits_somewhere(pool: Pool, opened: OpenRequest) -> bool:
-    """True unless every worker that can decode is too small for this request even when empty."""
-    tokens = len(opened.request.prompt) + opened.request.sampling.max_tokens
-    return any(
-        worker.blocks_for(tokens) <= worker.facts.capacity.kv_blocks
-        for worker in pool.workers.values()
-        if decodes(worker)
-    )
 
 
 def slot_blocks(worker: Worker, opened: OpenRequest, limits: CoreLimits) -> int:
@@ -76,35 +148,110 @@ def prompt_blocks(worker: Worker, opened: OpenRequest) -> int:
     return worker.blocks_for(len(opened.request.prompt) + len(opened.generated))
 
 
+# Decode workers.
+
+
+def _decoders(what: Ask) -> list[Worker]:
+    """A few that have, or have room for, its slot; the roomiest first."""
+    opened = what.opened
+    if opened.slot_at is not None:
+        worker = what.pool.workers[opened.slot_at]
+        return [worker] if _serves(worker, what.now) else []
+    able = [worker for group in what.groups for worker in islice(group.decode, _LOOK) if _can_take_slot(what, worker)]
+    able.sort(key=lambda worker: (-worker.kv_room, worker.chosen))
+    return able[:_LOOK]
+
+
 def _serves(worker: Worker, now: float) -> bool:
     return not (worker.draining or worker.gone) and worker.rest_until <= now
 
 
-def _decoders(ready: Iterable[Worker], opened: OpenRequest, limits: CoreLimits) -> list[Worker]:
-    """Decode workers that have, or have room for, its slot; the roomiest first."""
-    if opened.slot_at is not None:
-        return [worker for worker in ready if worker.worker_id == opened.slot_at]
-    able = [worker for worker in ready if worker.role is Role.DECODE and _can_take_slot(worker, opened, limits)]
-    return sorted(able, key=lambda worker: (-worker.kv_room, worker.chosen))
-
-
-def _can_take_slot(worker: Worker, opened: OpenRequest, limits: CoreLimits) -> bool:
+def _can_take_slot(what: Ask, worker: Worker) -> bool:
     return len(worker.slots) < worker.facts.capacity.decode_legs and (
-        slot_blocks(worker, opened, limits) <= worker.kv_room
+        slot_blocks(worker, what.opened, what.limits) <= worker.kv_room
     )
 
 
-def _pair(ready: Iterable[Worker], decoders: list[Worker], opened: OpenRequest) -> Pair | None:
+def _where_it_is_decoded(what: Ask, decoders: list[Worker]) -> Whole | None:
+    """Where the rest of the prompt is short enough to be computed between the decodes' steps."""
+    if not what.step.stall_s_max or not decoders:
+        return None
+    candidates = decoders[:1]
+    if what.opened.slot_at is None:
+        candidates += [worker for worker in _holding(what, lambda group: group.decode) if _can_take_slot(what, worker)]
+    best = min(candidates, key=lambda worker: (what.ttft_s(worker), worker.chosen))
+    uncached = what.uncached(best)
+    if not what.step.may_stall(uncached + best.prefilling.total, what.tokens + best.prefilling.total):
+        return None
+    short = what.step.may_stall(what.tokens + best.prefilling.total, what.tokens + best.prefilling.total)
+    return Whole(best, Why.SHORT if short else Why.CACHED, what.tokens - uncached, what.ttft_s(best))
+
+
+def _local(what: Ask) -> Whole | None:
+    if what.opened.slot_at is not None:
+        workers: Iterable[Worker] = _decoders(what)
+    else:
+        workers = (w for group in what.groups for w in group.decode if _can_take_slot(what, w))
+    for worker in workers:
+        before = worker.prefilling.total
+        if before == 0 or before + what.tokens <= what.limits.local_prefill_tokens_max:
+            return Whole(worker, Why.NO_PREFILL, what.tokens - what.uncached(worker), what.ttft_s(worker))
+    return None
+
+
+# Prefill workers.
+
+
+def _pair(what: Ask, decoders: list[Worker]) -> Pair | None:
     if not decoders:
         return None
-    able = [worker for worker in ready if worker.role is Role.PREFILL and _can_prefill(worker, opened)]
-    able.sort(key=lambda worker: (worker.worker_id == opened.avoid, worker.prefilling.total, worker.chosen))
-    return next((Pair(p, d) for p in able for d in decoders if _may_meet(d, p)), None)
+    able = _prefillers(what)
+    found = _first_that_meet(what, able, decoders)
+    if found is None and able:
+        # Lanes that are refused are rare; then all are looked at.
+        every_p = [w for group in what.groups for w in group.prefill if _can_prefill(what, w)]
+        every_d = [w for group in what.groups for w in group.decode if _can_take_slot(what, w)]
+        found = _first_that_meet(what, every_p, decoders if what.opened.slot_at is not None else every_d)
+    return found
 
 
-def _can_prefill(worker: Worker, opened: OpenRequest) -> bool:
+def _prefillers(what: Ask) -> list[Worker]:
+    """The least loaded, a few of them, and those that hold the prompt's beginning."""
+    found: dict[str, Worker] = {}
+    for group in what.groups:
+        able = [worker for worker in islice(group.prefill, _LOOK) if _can_prefill(what, worker)]
+        roomiest = group.prefill_room.first()
+        if not able and roomiest is not None and _can_prefill(what, roomiest):
+            able = [roomiest]
+        found.update((worker.worker_id, worker) for worker in able)
+    for worker in _holding(what, lambda group: group.prefill):
+        if _can_prefill(what, worker):
+            found[worker.worker_id] = worker
+    return list(found.values())
+
+
+def _first_that_meet(what: Ask, able: list[Worker], decoders: list[Worker]) -> Pair | None:
+    if not able or not decoders:
+        return None
+    times = {worker.worker_id: what.ttft_s(worker) + _move_s(what, worker, decoders[0]) for worker in able}
+    able.sort(key=lambda w: (w.worker_id == what.opened.avoid, times[w.worker_id], w.prefilling.total, w.chosen))
+    for prefill in able:
+        for decode in decoders:
+            if _may_meet(decode, prefill):
+                cached = what.tokens - what.uncached(prefill)
+                why = Why.PREFIX if cached else Why.LEAST_LOADED
+                return Pair(prefill, decode, why, cached, times[prefill.worker_id])
+    return None
+
+
+def _move_s(what: Ask, owner: Worker, reader: Worker) -> float:
+    lane = reader.lanes.get(owner.worker_id)
+    return what.step.move_s(what.tokens, 0.0 if lane is None else lane.gigabytes_per_s)
+
+
+def _can_prefill(what: Ask, worker: Worker) -> bool:
     return len(worker.prefilling) < worker.facts.capacity.prefill_legs and (
-        prompt_blocks(worker, opened) <= worker.kv_room
+        prompt_blocks(worker, what.opened) <= worker.kv_room
     )
 
 
@@ -114,34 +261,85 @@ def _may_meet(reader: Worker, owner: Worker) -> bool:
     return lane is None or not lane.refusal
 
 
-def _whole_engine(ready: Iterable[Worker], opened: OpenRequest, limits: CoreLimits) -> Whole | None:
-    able = [
-        worker
-        for worker in ready
-        if worker.role is Role.BOTH
-        and len(worker.prefilling) < worker.facts.capacity.prefill_legs
-        and _can_take_slot(worker, opened, limits)
-    ]
-    best = min(able, key=lambda worker: (len(worker.slots), -worker.kv_room, worker.chosen), default=None)
-    return None if best is None else Whole(best)
-
-
-def _prefill_may_come(pool: Pool, decoders: list[Worker], opened: OpenRequest) -> bool:
+def _prefill_may_come(what: Ask, decoders: list[Worker]) -> bool:
     """True when waiting is worth it: a prefill worker is merely busy or resting, and can be read from."""
-    able = [
-        worker
-        for worker in pool.workers.values()
-        if worker.role is Role.PREFILL
-        and not (worker.draining or worker.gone)
-        and prompt_blocks(worker, opened) <= worker.facts.capacity.kv_blocks
-    ]
-    return bool(able) and (not decoders or any(_may_meet(d, p) for p in able for d in decoders))
+    for group in what.pool.roster.groups(what.now, what.selector):
+        for worker in group.prefillers:
+            if prompt_blocks(worker, what.opened) > worker.facts.capacity.kv_blocks:
+                break  # the largest come first
+            if not decoders or any(_may_meet(decoder, worker) for decoder in decoders):
+                return True
+    return False
 
 
-def _local(decoders: list[Worker], opened: OpenRequest, limits: CoreLimits) -> Whole | None:
-    prompt = len(opened.request.prompt) + len(opened.generated)
-    for worker in decoders:
-        before = worker.prefilling.total
-        if before == 0 or before + prompt <= limits.local_prefill_tokens_max:
-            return Whole(worker)
-    return None
+# Whole engines.
+
+
+def _whole_engine(what: Ask) -> Whole | None:
+    able: list[Worker] = []
+    for group in what.groups:
+        here = [worker for worker in islice(group.whole, _LOOK) if _can_take_slot(what, worker)]
+        roomiest = group.whole_room.first()
+        if not here and roomiest is not None and _can_take_slot(what, roomiest):
+            here = [roomiest]
+        able += here
+    able += [worker for worker in _holding(what, lambda group: group.whole) if _can_take_slot(what, worker)]
+    best = min(able, key=lambda worker: _whole_rank(what, worker), default=None)
+    return None if best is None else Whole(best, Why.WHOLE, what.tokens - what.uncached(best), what.ttft_s(best))
+
+
+def _whole_rank(what: Ask, worker: Worker) -> tuple[float, int, int, int]:
+    first_token = what.ttft_s(worker) if what.holders else 0.0
+    return first_token, len(worker.slots), -worker.kv_room, worker.chosen
+
+
+def _holding(what: Ask, ranking: Callable[[Group], Ranking]) -> Iterator[Worker]:
+    """Of the workers in these rankings, those that hold the prompt's beginning."""
+    for worker_id in what.holders:
+        if any(worker_id in ranking(group) for group in what.groups):
+            yield what.pool.workers[worker_id]
+
+
+# Giving way.
+
+
+def giving_way(what: Ask, running: Mapping[str, OpenRequest]) -> list[OpenRequest]:
+    """Requests whose end would make room for this one: all at one worker, the latest begun first, and none if that
+    would not be enough. Of those that may be made to wait, so many are looked at and no more."""
+    lacks_slot = not _decoders(what)
+    if what.opened.slot_at is not None and lacks_slot:
+        return []
+    found: dict[str, list[OpenRequest]] = {}
+    for request_id in islice(reversed(what.pool.may_yield), 4 * _LOOK):
+        victim = running[request_id]
+        worker_id = victim.slot_at if lacks_slot else victim.prefilling_at
+        worker = what.pool.workers.get(worker_id or "")
+        if worker is None or not _serves(worker, what.now) or not _is_open(what, worker):
+            continue
+        there = found.setdefault(worker.worker_id, [])
+        there.append(victim)
+        if _room_without(what, worker, there, decode=lacks_slot):
+            return there
+    return []
+
+
+def _is_open(what: Ask, worker: Worker) -> bool:
+    return what.pool.roster.is_open_to(worker, what.selector, what.pool.queue.parked)
+
+
+def _room_without(what: Ask, worker: Worker, victims: list[OpenRequest], *, decode: bool) -> bool:
+    ids = [victim.request_id for victim in victims]
+    capacity, opened = worker.facts.capacity, what.opened
+    room = worker.kv_room + sum(worker.slots.get(one) + worker.pinned.get(one) for one in ids)
+    slots = len(worker.slots) - sum(1 for one in ids if one in worker.slots)
+    computing = len(worker.prefilling) - sum(1 for one in ids if one in worker.prefilling)
+    if not decode:
+        return (
+            worker.role is Role.PREFILL and computing < capacity.prefill_legs and prompt_blocks(worker, opened) <= room
+        )
+    return (
+        worker.role is not Role.PREFILL
+        and slots < capacity.decode_legs
+        and (worker.role is Role.DECODE or computing < capacity.prefill_legs)
+        and slot_blocks(worker, opened, what.limits) <= room
+    )

@@ -13,7 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from router.core.state import Worker
+from router.core.linked import Worker
 from router.core.tenant import Selector, selects
 from router.core.worker import Role
 
@@ -32,6 +32,9 @@ class Ranking:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __contains__(self, worker_id: object) -> bool:
+        return worker_id in self._keys
 
     def __iter__(self) -> Iterator[Worker]:
         return (worker for _, _, worker in self._entries)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from router.core.lifecycle import State as Life
-from router.core.state import OpenRequest, State, Worker
+from router.core.linked import Worker
+from router.core.state import OpenRequest, State
 from router.core.worker import Load, PeerLane, Role, WorkerFacts
 
 

@@ -8,48 +8,28 @@ can be checked against each other (`check_integrity`). It decides nothing.
             ---- pinned_at ------------------> worker.pinned       KV blocks that the prompt holds, until fetched
             ---- slot_at --------------------> worker.slots        KV blocks promised to its decode leg
             ---- QUEUED ---------------------> pool.queue
+
+Whatever changes what a worker could take also tells its pool's roster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from router.core.admission import Admitted
 from router.core.errors import TandemError
+from router.core.fair import Ahead, FairLimits, FairQueue, Waiting
 from router.core.lifecycle import OPEN, Trigger, next_state
 from router.core.lifecycle import State as Life
-from router.core.queue import DispatchQueue, FirstCome, Waiting
-from router.core.request import GenerationRequest
-from router.core.worker import Load, PeerLane, Role, WorkerFacts
-
-
-class Holdings:
-    """Amounts by request, and their sum."""
-
-    __slots__ = ("_held", "total")
-
-    def __init__(self) -> None:
-        self._held: dict[str, int] = {}
-        #: == sum(self._held.values())
-        self.total = 0
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
-
-    def add(self, request_id: str, amount: int) -> None:
-        assert request_id not in self._held
-        self._held[request_id] = amount
-        self.total += amount
-
-    def drop(self, request_id: str) -> None:
-        self.total -= self._held.pop(request_id)
-
-    def check(self) -> None:
-        assert self.total == sum(self._held.values())
+from router.core.linked import Worker
+from router.core.prefix import Prefix, PrefixIndex
+from router.core.request import GenerationRequest, Lane
+from router.core.roster import Roster
+from router.core.story import Story
+from router.core.tenant import ANYWHERE, Selector, TenantBook
+from router.core.usage import UsageFacts
+from router.core.worker import WorkerFacts
 
 
 class Leg(NamedTuple):
@@ -58,47 +38,14 @@ class Leg(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Worker:
-    """A worker that is linked now."""
-
-    facts: WorkerFacts
-    role: Role
-    joined_at: float
-    heard_at: float
-    draining: bool = False
-    #: Set while its loss is being handled: it is still in the books, and nothing can be sent to it.
-    gone: bool = False
-    load: Load = field(default_factory=Load)
-    lanes: dict[str, PeerLane] = field(default_factory=dict)
-    #: Open legs of either kind, and whose they are.
-    legs: dict[str, str] = field(default_factory=dict)
-    prefilling: Holdings = field(default_factory=Holdings)
-    pinned: Holdings = field(default_factory=Holdings)
-    slots: Holdings = field(default_factory=Holdings)
-    #: Legs in a row that it refused or failed; it gets none before `rest_until`.
-    strikes: int = 0
-    rest_until: float = 0.0
-    #: When it was last chosen, counted in dispatches: of two workers as good, the one chosen longer ago serves.
-    chosen: int = 0
-
-    @property
-    def worker_id(self) -> str:
-        return self.facts.worker_id
-
-    @property
-    def kv_room(self) -> int:
-        """KV blocks that nobody has been promised."""
-        return self.facts.capacity.kv_blocks - self.slots.total - self.pinned.total
-
-    def blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.facts.capacity.block_tokens)
-
-
-@dataclass(slots=True, eq=False)
 class OpenRequest:
     """A request that has not ended."""
 
     request: GenerationRequest
+    #: What it holds of its tenant's limits; None for one that was refused.
+    admitted: Admitted | None = None
+    #: Part of every prefix key, here and in engines.
+    salt: bytes = b""
     state: Life = Life.QUEUED
     #: Every token known, in order. All of them have been emitted.
     generated: list[int] = field(default_factory=list)
@@ -141,6 +88,28 @@ class OpenRequest:
     transfer_bytes: int = 0
     local_prefill: bool = False
 
+    #: What it found before it, and for how long its tenant's cap kept its flow back until then.
+    ahead: Ahead | None = None
+    capped_s: float = 0.0
+    #: The prompt's leading chunks; None until somebody asks.
+    prefix: Prefix | None = None
+    #: Times it gave way to others.
+    preemptions: int = 0
+    #: Output that its flow was charged for.
+    charged_tokens: int = 0
+    #: Of the open order: prompt tokens of others before it, and its own; the order makes up for giving way.
+    queued_before: int = 0
+    leg_tokens: int = 0
+    forgiven: bool = False
+    #: Prompt tokens computed for it, over all attempts; of those, its own doing; and the prompt is complete.
+    computed_tokens: int = 0
+    charged_prompt_tokens: int = 0
+    prompt_done: bool = False
+    #: Output tokens generated once more.
+    replayed_tokens: int = 0
+    #: Why it was placed where it was, last.
+    placed: str = ""
+
     #: (when, what), for `tandem why` and for faults.
     story: list[tuple[float, str]] = field(default_factory=list)
 
@@ -165,10 +134,14 @@ class Pool:
     """The workers of one model, and who waits for them."""
 
     model: str
-    queue: DispatchQueue
+    queue: FairQueue
     workers: dict[str, Worker] = field(default_factory=dict)
-    #: Since when no worker could serve anything; None while one can.
-    pathless_since: float | None = None
+    roster: Roster = field(default_factory=Roster)
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
+    #: By selector, since when no worker open to it could serve anything. Selectors that are served are not here.
+    pathless_since: dict[Selector, float] = field(default_factory=dict)
+    #: Dispatched requests that may be made to wait for others, latest begun last.
+    may_yield: dict[str, None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,15 +155,26 @@ class Ended:
     prompt_tokens: int
     completion_tokens: int
     story: tuple[tuple[float, str], ...]
+    told: Story
 
 
 class State:
     def __init__(
-        self, *, history_max: int, story_lines_max: int, queue: Callable[[], DispatchQueue] = FirstCome
+        self,
+        *,
+        history_max: int,
+        story_lines_max: int,
+        preemptions_max: int,
+        book: TenantBook,
+        fair: FairLimits,
     ) -> None:
         self._history_max = history_max
         self._story_lines_max = story_lines_max
-        self._new_queue = queue
+        self._preemptions_max = preemptions_max
+        self._book = book
+        self._fair = fair
+        #: Every selector that a tenant has.
+        self.selectors = _selectors(book)
         self._legs_ever = 0
         self._chosen_ever = 0
         self.pools: dict[str, Pool] = {}
@@ -206,21 +190,38 @@ class State:
     def pool(self, now: float, model: str) -> Pool:
         pool = self.pools.get(model)
         if pool is None:
-            pool = self.pools[model] = Pool(model, self._new_queue(), pathless_since=now)
+            pool = self.pools[model] = Pool(model, FairQueue(self._book, self._fair))
+            pool.roster.configure(self.selectors, self._book.dedicated, ())
+            pool.pathless_since = dict.fromkeys(self.selectors, now)
         return pool
+
+    def configure(self, now: float, book: TenantBook) -> None:
+        """Another book. Requests stay where they are."""
+        self._book, self.selectors = book, _selectors(book)
+        for pool in self.pools.values():
+            pool.queue.configure(now, book)
+            pool.roster.configure(self.selectors, book.dedicated, pool.workers.values())
 
     def add_worker(self, now: float, facts: WorkerFacts) -> Worker:
         assert facts.worker_id not in self.workers
         worker = Worker(facts, facts.role, joined_at=now, heard_at=now)
         self.workers[facts.worker_id] = worker
         self.pool(now, facts.model.name).workers[facts.worker_id] = worker
+        self.touch(worker)
         return worker
+
+    def touch(self, worker: Worker) -> None:
+        """To be called after every change to what a worker could take."""
+        self.pools[worker.facts.model.name].roster.touch(worker)
 
     def drop_worker(self, worker: Worker) -> None:
         """For a worker that holds nothing any more."""
         assert not self.requests_at(worker)
+        pool = self.pools[worker.facts.model.name]
         del self.workers[worker.worker_id]
-        del self.pools[worker.facts.model.name].workers[worker.worker_id]
+        del pool.workers[worker.worker_id]
+        pool.roster.forget(worker)
+        pool.prefixes.forget(worker.worker_id)
 
     def requests_at(self, worker: Worker) -> tuple[OpenRequest, ...]:
         """All that have a leg, a slot or a lease there, in order of arrival at the worker."""
@@ -237,38 +238,48 @@ class State:
 
     # A request's life.
 
-    def open(self, now: float, request: GenerationRequest) -> OpenRequest:
-        """Admits a request into its pool's queue."""
-        assert request.request_id not in self.requests
-        opened = OpenRequest(request)
-        self.requests[request.request_id] = opened
-        self.pool(now, request.model).queue.push(opened.waiting)
-        return opened
+    def open(self, now: float, opened: OpenRequest) -> None:
+        """An admitted request joins its pool's queue."""
+        assert opened.request_id not in self.requests
+        self.requests[opened.request_id] = opened
+        request = opened.request
+        queue = self.pool(now, request.model).queue
+        opened.capped_s = queue.capped_s(now, request.tenant, request.lane)
+        queue.push(now, opened.waiting)
 
-    def leave_queue(self, opened: OpenRequest, trigger: Trigger) -> None:
-        """The head of the queue is dispatched."""
-        popped = self.pools[opened.request.model].queue.pop()
+    def leave_queue(self, now: float, opened: OpenRequest, trigger: Trigger, *, cached_tokens: int) -> None:
+        """What was peeked at is dispatched."""
+        pool, request = self.pools[opened.request.model], opened.request
+        popped = pool.queue.pop(now, cached_tokens=cached_tokens)
         assert popped == opened.request_id
+        if opened.dispatched_at is None:
+            opened.capped_s = pool.queue.capped_s(now, request.tenant, request.lane) - opened.capped_s
+        if request.lane is Lane.BATCH and opened.preemptions < self._preemptions_max:
+            pool.may_yield[opened.request_id] = None
         self.move(opened, trigger)
 
-    def rejoin_queue(self, opened: OpenRequest) -> None:
+    def rejoin_queue(self, now: float, opened: OpenRequest) -> None:
         """To be dispatched again. It has no leg; it may have its slot."""
         assert opened.prefill_leg is None
         assert opened.decode_leg is None
+        pool = self.pools[opened.request.model]
+        pool.may_yield.pop(opened.request_id, None)
         self.move(opened, Trigger.RETRY)
-        self.pools[opened.request.model].queue.push(opened.waiting, again=True)
+        pool.queue.push(now, opened.waiting, again=True)
 
-    def end(self, now: float, opened: OpenRequest, trigger: Trigger, error: TandemError | None) -> None:
-        """It has no leg, no slot and no lease any more."""
-        queue = self.pools[opened.request.model].queue
+    def end(self, now: float, opened: OpenRequest, trigger: Trigger, error: TandemError | None) -> float:
+        """It has no leg, no slot and no lease any more. Returns what its flow was charged."""
+        pool, cost = self.pools[opened.request.model], 0.0
         if opened.state is Life.QUEUED:
-            queue.remove(opened.request_id)
+            pool.queue.remove(now, opened.request_id)
         if opened.dispatched_at is not None:
-            queue.settle(opened.waiting, len(opened.request.prompt), len(opened.generated))
+            output = len(opened.generated) + opened.replayed_tokens
+            cost = pool.queue.settle(now, opened.request_id, opened.charged_prompt_tokens, output)
+        pool.may_yield.pop(opened.request_id, None)
         self.move(opened, trigger)
         self.note(now, opened, opened.state.value if error is None else f"{opened.state.value}: {error}")
         del self.requests[opened.request_id]
-        self.remember(opened, error)
+        return cost
 
     def move(self, opened: OpenRequest, trigger: Trigger) -> None:
         opened.state = next_state(opened.state, trigger, _told(opened))
@@ -280,7 +291,7 @@ class State:
         elif len(story) == self._story_lines_max - 1:
             story.append((now, "... (no more lines are kept)"))
 
-    def remember(self, opened: OpenRequest, error: TandemError | None) -> None:
+    def remember(self, opened: OpenRequest, error: TandemError | None, usage: UsageFacts | None) -> None:
         self.history.pop(opened.request_id, None)
         self.history[opened.request_id] = Ended(
             request_id=opened.request_id,
@@ -290,9 +301,30 @@ class State:
             prompt_tokens=len(opened.request.prompt),
             completion_tokens=len(opened.generated),
             story=tuple(opened.story),
+            told=self.tell(opened, error, usage),
         )
         if len(self.history) > self._history_max:
             del self.history[next(iter(self.history))]
+
+    def tell(self, opened: OpenRequest, error: TandemError | None = None, usage: UsageFacts | None = None) -> Story:
+        request, begun = opened.request, opened.dispatched_at
+        return Story(
+            request_id=request.request_id,
+            tenant=request.tenant,
+            lane=request.lane,
+            state=opened.state,
+            error=error,
+            ahead=opened.ahead,
+            queue_s=None if begun is None else begun - request.arrival,
+            capped_s=0.0 if begun is None else opened.capped_s,
+            prefill_worker=opened.prefill_worker,
+            decode_worker=opened.decode_worker,
+            placed=opened.placed,
+            preemptions=opened.preemptions,
+            retries=opened.retries,
+            usage=usage,
+            lines=tuple((when - request.arrival, what) for when, what in opened.story),
+        )
 
     # What a request holds at workers.
 
@@ -300,6 +332,7 @@ class State:
         leg = self._open_leg(opened, worker, "p")
         worker.prefilling.add(opened.request_id, tokens)
         worker.pinned.add(opened.request_id, blocks)
+        self.touch(worker)
         opened.prefill_leg = leg
         opened.prefilling_at = opened.pinned_at = worker.worker_id
         return leg
@@ -314,19 +347,24 @@ class State:
 
     def unpin(self, opened: OpenRequest) -> None:
         if opened.pinned_at is not None:
-            self.workers[opened.pinned_at].pinned.drop(opened.request_id)
+            worker = self.workers[opened.pinned_at]
+            worker.pinned.drop(opened.request_id)
+            self.touch(worker)
             opened.pinned_at = None
             opened.handle = b""
 
     def take_slot(self, opened: OpenRequest, worker: Worker, blocks: int) -> None:
         assert opened.slot_at is None
         worker.slots.add(opened.request_id, blocks)
+        self.touch(worker)
         opened.slot_at = worker.worker_id
 
     def drop_slot(self, opened: OpenRequest) -> None:
         assert opened.decode_leg is None
         if opened.slot_at is not None:
-            self.workers[opened.slot_at].slots.drop(opened.request_id)
+            worker = self.workers[opened.slot_at]
+            worker.slots.drop(opened.request_id)
+            self.touch(worker)
             opened.slot_at = None
 
     def open_decode_leg(self, opened: OpenRequest, *, prompt_tokens: int) -> Leg:
@@ -351,7 +389,9 @@ class State:
     def computed(self, opened: OpenRequest) -> None:
         """Nobody is computing its prompt any more."""
         if opened.prefilling_at is not None:
-            self.workers[opened.prefilling_at].prefilling.drop(opened.request_id)
+            worker = self.workers[opened.prefilling_at]
+            worker.prefilling.drop(opened.request_id)
+            self.touch(worker)
             opened.prefilling_at = None
 
     def _open_leg(self, opened: OpenRequest, worker: Worker, kind: str) -> Leg:
@@ -359,6 +399,7 @@ class State:
         self._legs_ever += 1
         self._chosen_ever += 1
         worker.chosen = self._chosen_ever
+        self.touch(worker)
         leg = Leg(f"{opened.request_id}/{self._legs_ever}/{kind}", worker.worker_id)
         worker.legs[leg.leg_id] = opened.request_id
         self.legs[leg.leg_id] = opened
@@ -370,9 +411,15 @@ class State:
 
     # What must stay true.
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, now: float) -> None:
         """Costs O(everything); for tests and for whoever suspects a fault."""
         for pool in self.pools.values():
+            pool.queue.check_integrity()
+            pool.prefixes.check_integrity()
+            pool.roster.check_integrity(now, pool.workers.values())
+            for request_id in pool.may_yield:
+                assert self.requests[request_id].state is not Life.QUEUED
+                assert self.requests[request_id].request.lane is Lane.BATCH
             for worker_id, worker in pool.workers.items():
                 assert self.workers[worker_id] is worker
         assert len(self.workers) == sum(len(pool.workers) for pool in self.pools.values())
@@ -420,7 +467,13 @@ class State:
         ):
             assert place is None or opened.request_id in getattr(self.workers[place], held), story
         assert len(opened.generated) <= opened.request.sampling.max_tokens, story
+        charged = self.pools[opened.request.model].queue.is_charged(opened.request_id)
+        assert charged == (opened.dispatched_at is not None), story
         assert opened.base <= opened.position or opened.decode_leg is None, story
+
+
+def _selectors(book: TenantBook) -> frozenset[Selector]:
+    return frozenset({tenant.pool for tenant in book.everyone()} or {ANYWHERE})
 
 
 def _told(opened: OpenRequest) -> str:

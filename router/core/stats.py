@@ -58,6 +58,15 @@ class Stats:
     prefill_retries: int = 0
     decode_retries: int = 0
     local_prefills: int = 0
+    #: Of these, because what was left to compute was short: all of the prompt, or after what was cached.
+    local_short: int = 0
+    local_cached: int = 0
+    #: Dispatches to a prefill worker for the prefix it holds, and the tokens that it was thought to hold.
+    prefix_choices: int = 0
+    prefix_tokens: int = 0
+    preemptions: int = 0
+    #: Requests refused because their first token was predicted to come after their deadline.
+    refused_early: int = 0
     transfers: int = 0
     transfer_bytes: int = 0
     workers_lost: int = 0

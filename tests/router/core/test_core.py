@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ GREEDY = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
 SEEDED = Sampling(max_tokens=8, temperature=1.0, seed=5, ignore_eos=True)
 
 
-def pair(**limits: float) -> tuple[World, FakeWorker, FakeWorker]:
+def pair(**limits: Any) -> tuple[World, FakeWorker, FakeWorker]:
     world = World(**limits)
     prefill, decode = world.join("p", P), world.join("d", D)
     world.settle()  # they have met

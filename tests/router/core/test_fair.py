@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.core.fair import FairLimits, FairQueue
-from router.core.queue import Waiting
+from router.core.fair import FairLimits, FairQueue, Waiting
 from router.core.request import Lane
 from router.core.tenant import LANES, Selector, Tenant, TenantBook
 

@@ -8,15 +8,21 @@ tokens back where it is not allowed, a missing token or a repeated one changes w
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from zlib import crc32
 
 from router.core import effects as fx
 from router.core import events as ev
+from router.core.budget import Record
 from router.core.core import Core
+from router.core.estimate import UNKNOWN, StepModel
 from router.core.handoff import may_feed_back
 from router.core.limits import CoreLimits
-from router.core.request import FinishReason, GenerationRequest, Sampling
+from router.core.request import FinishReason, GenerationRequest, Lane, Sampling
+from router.core.tenant import TenantBook
+from router.core.usage import UsageFacts
 from router.core.worker import Capacity, KvEndpoint, Load, ModelFacts, PeerLane, Role, WorkerFacts
 
 MODEL = "tiny"
@@ -24,7 +30,9 @@ VOCAB = 50
 EOS = 0
 
 
-def facts(worker_id: str, role: Role, *, incarnation: str = "i0", **capacity: int) -> WorkerFacts:
+def facts(
+    worker_id: str, role: Role, *, incarnation: str = "i0", labels: Mapping[str, str] | None = None, **capacity: int
+) -> WorkerFacts:
     return WorkerFacts(
         worker_id=worker_id,
         incarnation=incarnation,
@@ -32,6 +40,7 @@ def facts(worker_id: str, role: Role, *, incarnation: str = "i0", **capacity: in
         model=ModelFacts(name=MODEL, revision="r", max_model_len=512, vocab_size=VOCAB, eos_token_ids=(EOS,)),
         capacity=Capacity(**{"prefill_legs": 2, "decode_legs": 4, "kv_blocks": 64, "block_tokens": 4, **capacity}),
         kv=KvEndpoint(address=f"{worker_id}:1", incarnation=incarnation, layout={"dtype": "f32"}),
+        labels=labels or {},
     )
 
 
@@ -83,24 +92,42 @@ class Client:
 
 
 class World:
-    def __init__(self, **limits: float) -> None:
+    def __init__(self, *, book: TenantBook | None = None, step: StepModel = UNKNOWN, **limits: Any) -> None:
         self.now = 0.0
-        self.core = Core(now=0.0, limits=CoreLimits(**limits), models=(MODEL,))  # type: ignore[arg-type]
+        self.core = Core(
+            now=0.0,
+            limits=CoreLimits(**limits),
+            models=(MODEL,),
+            book=book,
+            step=step,
+        )
         self.workers: dict[str, FakeWorker] = {}
         self.clients: dict[str, Client] = {}
         self.legs_ever: set[str] = set()
+        self.usage: dict[str, UsageFacts] = {}
+        self.records: list[Record] = []
+        #: Of the last event.
+        self.effects: list[fx.Effect] = []
 
     # What happens.
 
     def post(self, event: ev.Event) -> list[fx.Effect]:
-        effects = self.core.handle(self.now, event)
+        effects = self.effects = self.core.handle(self.now, event)
         for effect in effects:
             self._apply(effect)
         self.core.check_integrity()
         return effects
 
-    def join(self, worker_id: str, role: Role, *, incarnation: str = "i0", **capacity: int) -> FakeWorker:
-        joined = facts(worker_id, role, incarnation=incarnation, **capacity)
+    def join(
+        self,
+        worker_id: str,
+        role: Role,
+        *,
+        incarnation: str = "i0",
+        labels: Mapping[str, str] | None = None,
+        **capacity: int,
+    ) -> FakeWorker:
+        joined = facts(worker_id, role, incarnation=incarnation, labels=labels, **capacity)
         assert not self.core.misfit(joined)
         self.workers[worker_id] = FakeWorker(joined, role)
         self.post(ev.WorkerJoined(joined))
@@ -118,6 +145,8 @@ class World:
         timeout_s: float = 60.0,
         sampling: Sampling | None = None,
         model: str = MODEL,
+        tenant: str = "default",
+        lane: Lane = Lane.STANDARD,
     ) -> Client:
         request = GenerationRequest(
             request_id=request_id,
@@ -126,6 +155,8 @@ class World:
             sampling=sampling or Sampling(max_tokens=8, temperature=0.0),
             arrival=self.now,
             deadline=self.now + timeout_s,
+            tenant=tenant,
+            lane=lane,
         )
         client = self.clients[request_id] = Client(request)
         self.post(ev.Submit(request))
@@ -267,6 +298,11 @@ class World:
         match effect:
             case fx.Emit(request_id, event):
                 self._receive(self.clients[request_id], event)
+            case fx.UsageRecorded(usage):
+                assert usage.request_id not in self.usage
+                self.usage[usage.request_id] = usage
+            case fx.Journal(record):
+                self.records.append(record)
             case fx.CloseLink(worker_id, _):
                 self.workers.pop(worker_id, None)
             case fx.SendPrefill() | fx.SendDecode():
