@@ -26,8 +26,8 @@ format:
 protos:  ## regenerate protos/*_pb2*
 	$(VENV) -m protos.build
 
-conformance:  ## the public protocols, against their published definitions
-	$(PYTHON) bootstrap.py test-fast tests/conformance $(ARGS)
+conformance:  ## what tenants were promised, on the production core in virtual time; ARGS="guarantee" runs one scenario
+	$(VENV) -m benchmarks.conformance $(ARGS)
 
 bench-%:  ## bench-router-core runs benchmarks/router_core.py
 	$(VENV) -m benchmarks.$(subst -,_,$*) $(ARGS)

@@ -1,1 +1,1 @@
-"""Will run the production cores of router, kv_transfer and autoscaler in virtual time."""
+"""Runs the production cores in virtual time, around workers that take the time a model of hardware says they take."""
