@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tandem import AsyncClient, Client, TandemError, rundir
 from tandem.values import ClusterStatus
 
@@ -21,6 +23,22 @@ TANDEM = (sys.executable, "-c", "from tandem.cli import main; main()")
 
 #: Long enough for two real engines to load on two busy cores.
 READY_TIMEOUT_S = {"sim": 60.0, "vllm": 300.0}
+
+#: Flags for a cluster to test on. Simulated engine steps take a moment, as real ones do: else every answer is done
+#: before anything can happen to it. A real engine that died is waited for.
+PACE = {
+    "sim": ("--set", "engine.speedup=5"),
+    "vllm": ("--set", f"router.limits.path_wait_s={READY_TIMEOUT_S['vllm']}"),
+}
+
+#: Marks for modules and tests: which engines the shared cluster runs.
+ON_SIM = pytest.mark.parametrize("shared", ["sim"], indirect=True)
+ON_VLLM = pytest.mark.parametrize(
+    "shared", [pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])], indirect=True
+)
+ON_BOTH = pytest.mark.parametrize(
+    "shared", ["sim", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])], indirect=True
+)
 
 #: Workers report their load so often, see RouterConfig.
 LOAD_REPORT_INTERVAL_S = 1.0

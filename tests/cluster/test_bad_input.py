@@ -7,7 +7,9 @@ import pytest
 
 from tandem import Client, DeadlineExceeded, InvalidArgument, NotFound, OutOfRange, ResourceExhausted, TandemError
 from tandem.errors import error_from_rpc
-from tests.cluster.harness import Cluster
+from tests.cluster.harness import ON_SIM, Cluster
+
+pytestmark = ON_SIM
 
 
 @pytest.fixture(autouse=True)

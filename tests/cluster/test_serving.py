@@ -10,16 +10,13 @@ from collections import Counter
 import pytest
 
 from tandem import AsyncClient, Client, FinishReason, TandemError
-from tests.cluster.harness import TANDEM, Cluster, clean_environment, wait_idle
+from tests.cluster.harness import ON_BOTH, TANDEM, Cluster, clean_environment, wait_idle
 
 REQUESTS = 200
 AT_ONCE = 16
 
 
-@pytest.fixture(scope="module", params=["sim", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])])
-def engine(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+pytestmark = ON_BOTH
 
 
 def test_a_prompt_goes_through_both_pools(shared: Cluster) -> None:

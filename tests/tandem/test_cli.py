@@ -1,21 +1,22 @@
-"""The commands that talk to a cluster, as processes, against a scripted server."""
+"""The commands that talk to a cluster, against a scripted server."""
 
 import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
+from typer.testing import CliRunner, Result
 
+from tandem.cli import app
+from tests.cluster.harness import TANDEM, clean_environment
 from tests.tandem.scripted_server import Script, refusal, serving
-
-TANDEM = (sys.executable, "-c", "from tandem.cli import main; main()")
 
 
 @pytest.fixture
@@ -24,16 +25,22 @@ def server() -> Iterator[Script]:
         yield script
 
 
-def tandem(*arguments: str, address: str = "", stdin: bytes = b"", **environ: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")}
-    env |= {"TANDEM_ADDRESS": address} if address else {}
-    done = subprocess.run([*TANDEM, *arguments], input=stdin, capture_output=True, env=env | environ, timeout=60)
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+def tandem(*arguments: str, address: str = "", stdin: bytes = b"", **environ: str) -> Result:
+    """In this process, which spares starting one; what only a process can show has its own tests below."""
+    env: dict[str, str | None] = {name: None for name in os.environ if name.startswith("TANDEM_")}
+    return CliRunner().invoke(app, arguments, input=stdin, env=env | {"TANDEM_ADDRESS": address} | environ)
+
+
+@contextmanager
+def process(*arguments: str, address: str) -> Iterator[subprocess.Popen[bytes]]:
+    env = clean_environment() | {"TANDEM_ADDRESS": address}
+    with subprocess.Popen([*TANDEM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as started:
+        yield started
 
 
 def test_generate_puts_the_answer_on_stdout_and_how_it_came_about_on_stderr(server: Script) -> None:
     done = tandem("generate", "hi", "-n", "7", "--temperature", "0", "--stop", "X", address=server.address)
-    assert (done.returncode, done.stdout) == (0, "one two\n")
+    assert (done.exit_code, done.stdout) == (0, "one two\n")
     assert "prefill  p-0" in done.stderr
     assert "first token after 250 ms" in done.stderr
     (request,) = server.requests
@@ -43,11 +50,18 @@ def test_generate_puts_the_answer_on_stdout_and_how_it_came_about_on_stderr(serv
 
 def test_generate_quietly_says_the_answer_alone(server: Script) -> None:
     done = tandem("generate", "hi", "-q", address=server.address)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "one two\n", "")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "one two\n", "")
+
+
+def test_the_command_is_a_process_like_any_other(server: Script) -> None:
+    with process("generate", "hi", address=server.address) as done:
+        out, err = done.communicate(timeout=60)
+    assert (done.returncode, out) == (0, b"one two\n")
+    assert b"prefill  p-0" in err
 
 
 def test_generate_reads_a_prompt_from_standard_input(server: Script) -> None:
-    assert tandem("generate", "-", address=server.address, stdin="déjà\n".encode()).returncode == 0
+    assert tandem("generate", "-", address=server.address, stdin="déjà\n".encode()).exit_code == 0
     assert server.requests[0].text == "déjà\n"
 
 
@@ -84,7 +98,7 @@ def test_an_error_is_one_line_and_an_exit_code_of_its_class(
 ) -> None:
     server.refuse = refusal(code, "no such thing", error_details_pb2.ErrorInfo(reason="BECAUSE"))
     done = tandem("generate", "hi", address=server.address)
-    assert (done.returncode, done.stdout) == (exit_code, "")
+    assert (done.exit_code, done.stdout) == (exit_code, "")
     assert done.stderr == f"error: no such thing ({code.name})\n"
 
 
@@ -100,13 +114,13 @@ def test_an_error_is_a_json_event_too(server: Script) -> None:
     server.refuse = refusal(grpc.StatusCode.INVALID_ARGUMENT, "top_p: no", bad)
     done = tandem("generate", "hi", "--json", address=server.address)
     (event,) = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert (event["event"], event["code"], event["field"]) == ("error", "INVALID_ARGUMENT", "sampling.top_p")
 
 
 def test_nobody_there_is_said_with_what_to_do(tmp_path: Path) -> None:
     done = tandem("generate", "hi", "--state-dir", str(tmp_path), address="127.0.0.1:1")
-    assert done.returncode == 4
+    assert done.exit_code == 4
     assert done.stderr.count("\n") == 1
     assert "`tandem up` starts one" in done.stderr
 
@@ -114,22 +128,21 @@ def test_nobody_there_is_said_with_what_to_do(tmp_path: Path) -> None:
 def test_a_deadline_is_kept(server: Script) -> None:
     server.hang = True
     done = tandem("generate", "hi", "--deadline", "0.5", address=server.address)
-    assert done.returncode == 5
+    assert done.exit_code == 5
     assert "DEADLINE_EXCEEDED" in done.stderr
 
 
 @pytest.mark.parametrize("stdin", [b"\xff\xfe"])
 def test_input_that_is_not_text_is_refused_before_it_is_sent(server: Script, stdin: bytes) -> None:
     done = tandem("generate", "-", address=server.address, stdin=stdin)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert "not UTF-8" in done.stderr
     assert server.requests == []
 
 
 def test_interrupting_cancels_at_the_server(server: Script) -> None:
     server.hang = True
-    env = os.environ | {"TANDEM_ADDRESS": server.address}
-    with subprocess.Popen([*TANDEM, "generate", "hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as done:
+    with process("generate", "hi", address=server.address) as done:
         assert done.stdout is not None
         assert done.stdout.read(7) == b"one two"
         done.send_signal(signal.SIGINT)
@@ -141,8 +154,7 @@ def test_interrupting_cancels_at_the_server(server: Script) -> None:
 
 def test_a_reader_that_goes_away_is_no_crash(server: Script) -> None:
     server.deltas = ["x" * 100_000] * 10
-    env = os.environ | {"TANDEM_ADDRESS": server.address}
-    with subprocess.Popen([*TANDEM, "generate", "hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as done:
+    with process("generate", "hi", address=server.address) as done:
         assert done.stdout is not None
         done.stdout.read(1)
         done.stdout.close()
@@ -153,7 +165,7 @@ def test_a_reader_that_goes_away_is_no_crash(server: Script) -> None:
 
 def test_status_shows_workers_lanes_and_requests(server: Script) -> None:
     done = tandem("status", address=server.address, COLUMNS="160")
-    assert done.returncode == 0
+    assert done.exit_code == 0
     for words in ("p-0", "prefill", "ready", "nano", "lane d-0 → p-0: nixl, 3.5 GB/s", "3 finished", "decoding"):
         assert words in done.stdout
 
@@ -166,12 +178,12 @@ def test_status_as_json_is_the_whole_of_it(server: Script) -> None:
 
 
 def test_operators_commands_give_their_orders(server: Script) -> None:
-    assert tandem("drain", "p-0", address=server.address).returncode == 0
-    assert tandem("role", "p-0", "decode", address=server.address).returncode == 0
+    assert tandem("drain", "p-0", address=server.address).exit_code == 0
+    assert tandem("role", "p-0", "decode", address=server.address).exit_code == 0
     assert len(server.orders) == 2
-    assert tandem("role", "p-0", "king", address=server.address).returncode == 2
+    assert tandem("role", "p-0", "king", address=server.address).exit_code == 2
     done = tandem("drain", "nobody", address=server.address)
-    assert (done.returncode, done.stderr) == (2, "error: no worker is called nobody (NOT_FOUND)\n")
+    assert (done.exit_code, done.stderr) == (2, "error: no worker is called nobody (NOT_FOUND)\n")
 
 
 def test_version_names_what_it_stands_on() -> None:
