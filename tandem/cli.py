@@ -329,6 +329,9 @@ def _errors_in_one_line(*, as_json: bool = False) -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush finds a place
         raise typer.Exit(EXIT_BROKEN_PIPE) from None
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_OTHER_ERROR) from None
 
 
 def _error_event(error: errors.TandemError) -> dict[str, object]:

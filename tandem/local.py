@@ -41,6 +41,10 @@ class State(Enum):
     STOPPED = "stopped"
 
 
+#: A process in one of these is not waited for.
+_SETTLED = (State.READY, State.LEFT, State.GIVEN_UP)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """A process serves, `took_s` after it was started."""
@@ -83,7 +87,7 @@ class LocalCluster:
         self.members = {spec.name: Member(spec.name) for spec in specs}
         self._on_event = on_event
         self._supervisor = Supervisor(specs, policy, self._on_supervisor_event)
-        self._all_ready = asyncio.Event()
+        self._settled = asyncio.Event()
 
     async def run(self) -> Outcome:
         asking = asyncio.create_task(self._ask(), name="ask who is ready")
@@ -96,8 +100,8 @@ class LocalCluster:
                 asking.result()
 
     async def wait_ready(self) -> None:
-        """Until every process serves for the first time."""
-        await self._all_ready.wait()
+        """Until every process serves, but for those that were given up or have left."""
+        await self._settled.wait()
 
     def stop(self) -> None:
         self._supervisor.stop()
@@ -126,6 +130,7 @@ class LocalCluster:
             case Stopped():
                 member.become(State.STOPPED)
         self._on_event(event)
+        self._see_whether_settled()
 
     async def _ask(self) -> None:
         async with AsyncClient(self.address) as client:
@@ -141,8 +146,7 @@ class LocalCluster:
                         # By pid, since a router may not have noticed yet that an earlier process is gone.
                         if member is not None and worker.state == "ready" and worker.pid == member.pid:
                             self._became_ready(worker.worker_id)
-                all_ready = all(member.state is State.READY for member in self.members.values())
-                await asyncio.sleep(_ASK_READY_S if all_ready else _ASK_LOADING_S)
+                await asyncio.sleep(_ASK_READY_S if self._is_settled() else _ASK_LOADING_S)
 
     def _became_ready(self, name: str) -> None:
         member = self.members[name]
@@ -152,8 +156,14 @@ class LocalCluster:
         member.become(State.READY)
         self._supervisor.mark_ready(name)
         self._on_event(Ready(name=name, took_s=member.took_s, attempt=member.attempt))
-        if all(member.state is State.READY for member in self.members.values()):
-            self._all_ready.set()
+        self._see_whether_settled()
+
+    def _is_settled(self) -> bool:
+        return all(member.state in _SETTLED for member in self.members.values())
+
+    def _see_whether_settled(self) -> None:
+        if self._is_settled():
+            self._settled.set()
 
 
 class PortTaken(Exception):

@@ -150,7 +150,7 @@ class _Screen:
         ) as self._live:
             yield
         self._live = None
-        if all(member.state is State.READY for member in self.members.values()):
+        if any(member.state is State.READY for member in self.members.values()):  # else they were stopped
             self.console.print(self._table())
 
     def on_event(self, event: Event | Ready) -> None:

@@ -22,6 +22,8 @@ class Script:
     #: After the deltas, wait until the client goes away.
     hang: bool = False
     refuse: status_pb2.Status | None = None
+    #: Workers that have joined, by id, with their processes.
+    workers: dict[str, int] = field(default_factory=lambda: {"p-0": 7})
     address: str = ""
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
     orders: list[object] = field(default_factory=list)
@@ -67,9 +69,10 @@ class _Service(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlSer
 
     def GetStatus(self, request, context) -> control_pb2.Status:  # type: ignore[no-untyped-def]
         status = control_pb2.Status(router_id="router-1", uptime_s=2.5, outcomes={"finished": 3})
-        worker = status.workers.add(worker_id="p-0", role=1, state="ready", model="nano", engine="sim", pid=7)
-        worker.load.kv_blocks_free = 10
-        worker.lanes.add(peer="d-0", transport="nixl", gigabytes_per_s=3.5)
+        for name, pid in self.script.workers.items():
+            worker = status.workers.add(worker_id=name, role=1, state="ready", model="nano", engine="sim", pid=pid)
+            worker.load.kv_blocks_free = 10
+            worker.lanes.add(peer="d-0", transport="nixl", gigabytes_per_s=3.5)
         if request.requests:
             status.requests.add(request_id="r-1", state="decoding", decode_worker="d-0")
         return status
