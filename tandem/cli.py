@@ -307,7 +307,7 @@ def _json(value: Any) -> str:
 @contextmanager
 def _errors_in_one_line(*, as_json: bool = False) -> Iterator[None]:
     """Ends the command with an exit code of its own where something went wrong that is nobody's bug."""
-    from tandem.local import PortTaken
+    from tandem.local import PortRefused
     from tandem.settings import ConfigError
 
     try:
@@ -321,7 +321,7 @@ def _errors_in_one_line(*, as_json: bool = False) -> Iterator[None]:
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from None
-    except (rundir.AlreadyUp, PortTaken, _BadInput) as error:
+    except (rundir.AlreadyUp, PortRefused, _BadInput) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from None
     except KeyboardInterrupt:

@@ -129,7 +129,7 @@ class Generation(_Answer):
 class AsyncGeneration(_Answer):
     """One answer on its way. Iterate it once for its deltas, or await `result` for the whole."""
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[wire.GenerateRequest, wire.GenerateResponse]):
+    def __init__(self, call: grpc.aio.UnaryStreamCall[wire.GenerateRequest, wire.GenerateResponse]) -> None:
         super().__init__()
         self._call = call
         self._closed = False

@@ -44,6 +44,7 @@ _WORKER_FIXED = ("role", "routers", "engine", "engine_options")
 _ENGINE_FIXED = ("name", "model", "served_model_name", "cluster_secret")
 
 _WORKERS_MAX = 64
+_SECRET_BYTES_MIN = 16
 
 #: Where a cluster on one machine has another default than its processes: somebody waits for Ctrl-C to be done.
 _LOCAL_DEFAULTS = {"router.shutdown_grace_s": Given(10.0, "default of tandem up")}
@@ -84,8 +85,13 @@ class ClusterConfig:
             ]
         if self.engine == "vllm" and not has_vllm():
             found.append("engine: vLLM is not installed here; install it (see README.md) or take engine sim")
-        if self.secret_file is not None and not self.secret_file.is_file():
-            found.append(f"secret_file: {self.secret_file} is not a file")
+        if self.secret_file is not None:
+            if not self.secret_file.is_file():
+                found.append(f"secret_file: {self.secret_file} is not a file")
+            elif (size := self.secret_file.stat().st_size) < _SECRET_BYTES_MIN:
+                found.append(
+                    f"secret_file: {self.secret_file} must hold at least {_SECRET_BYTES_MIN} bytes, has {size}"
+                )
         return found
 
     @property

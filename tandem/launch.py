@@ -13,11 +13,12 @@ from pathlib import Path
 
 from router.config import RouterConfig
 from router.config import to_json as router_to_json
-from tandem import config, rundir, show
+from tandem import rundir, show
 from tandem.client import Client
 from tandem.config import ClusterConfig, Config
+from tandem.config import load as load_config
 from tandem.errors import TandemError
-from tandem.local import ROUTER, PortTaken, choose_port
+from tandem.local import ROUTER, PortRefused, choose_port
 from tandem.supervisor import ChildSpec
 from tandem.up import Plan
 from worker.config import Role, WorkerConfig
@@ -37,13 +38,13 @@ def load(
     flags: Mapping[str, tuple[str, object]],
     assignments: Collection[str] = (),
 ) -> Config:
-    """As `config.load`, with the file in the current folder, if there is one and no other is named."""
-    return config.load(file or (_CONFIG_HERE if _CONFIG_HERE.exists() else None), environ, flags, assignments)
+    """As `tandem.config.load`, with the file in the current folder, if there is one and no other is named."""
+    return load_config(file or (_CONFIG_HERE if _CONFIG_HERE.exists() else None), environ, flags, assignments)
 
 
 @contextmanager
 def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Plan]:
-    """Takes the state directory, while it lasts, and writes what the processes need. Raises AlreadyUp, PortTaken."""
+    """Takes the state directory, while it lasts, and writes what the processes need. Raises AlreadyUp, PortRefused."""
     cluster = config.cluster
     if (there := rundir.running(state_dir)) is not None:
         raise rundir.AlreadyUp(state_dir, there)
@@ -72,9 +73,9 @@ def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Pl
 def _choose_port(router: RouterConfig) -> int:
     try:
         return choose_port(router.host, router.port)
-    except PortTaken as error:
-        who = "a Tandem router listens there; stop it" if _is_router(router) else "stop what listens there"
-        raise PortTaken(f"{error}: {who}, or take another with --port (0 takes any free one)") from None
+    except PortRefused as error:
+        who = ", by a Tandem router" if _is_router(router) else ""
+        raise PortRefused(f"{error}{who}; another can be named with --port, 0 takes any free one") from None
 
 
 def _is_router(router: RouterConfig) -> bool:

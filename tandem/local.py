@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -90,14 +91,11 @@ class LocalCluster:
         self._settled = asyncio.Event()
 
     async def run(self) -> Outcome:
-        asking = asyncio.create_task(self._ask(), name="ask who is ready")
-        try:
-            return await self._supervisor.run()
-        finally:
+        async with asyncio.TaskGroup() as tasks:
+            asking = tasks.create_task(self._ask(), name="ask who is ready")
+            outcome = await self._supervisor.run()
             asking.cancel()
-            await asyncio.wait([asking])
-            if not asking.cancelled():
-                asking.result()
+        return outcome
 
     async def wait_ready(self) -> None:
         """Until every process serves, but for those that were given up or have left."""
@@ -166,31 +164,35 @@ class LocalCluster:
             self._settled.set()
 
 
-class PortTaken(Exception):
-    """Somebody listens there already."""
+class PortRefused(Exception):
+    """Nobody can listen there: taken, not allowed, not an address of this machine."""
 
 
 def choose_port(host: str, port: int) -> int:
-    """`port` if it is free, any free one for 0. Raises PortTaken."""
-    for candidate in _candidates(host) if port == 0 else (port,):
-        if _is_free(host, candidate):
-            return candidate
-    raise PortTaken(f"{host}:{port} is in use" if port else f"no free port on {host}")
-
-
-def _candidates(host: str) -> Iterator[int]:
+    """`port` if it can be listened on, any free one for 0. Raises PortRefused."""
+    if port:
+        _try_port(host, port)
+        return port
     # Below the range that outgoing connections draw from, so that a restarted router finds its port still free.
-    start = 20_000 + time.monotonic_ns() % 10_000
-    return (20_000 + (start + step) % 10_000 for step in range(1_000))
+    start = time.monotonic_ns() % 10_000
+    for step in range(100):
+        candidate = 20_000 + (start + step) % 10_000
+        try:
+            _try_port(host, candidate)
+        except PortRefused as error:
+            refused = error
+        else:
+            return candidate
+    raise refused
 
 
-def _is_free(host: str, port: int) -> bool:
+def _try_port(host: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
             probe.listen(1)  # SO_REUSEADDR alone would let two bind
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on ({error.strerror})"
+            raise PortRefused(f"{host}:{port} {why}") from None

@@ -217,18 +217,22 @@ class _Screen:
 def _signals(cluster: LocalCluster, screen: _Screen) -> Iterator[None]:
     """The first signal stops in order, the second kills."""
 
-    def on_signal() -> None:
+    def on_signal(number: signal.Signals) -> None:
+        if number == signal.SIGHUP:
+            screen.console.quiet = True  # the terminal is gone, and writing to it an error
         if cluster.is_stopping():
             screen.forced = True
             cluster.kill()
         else:
-            screen.stopping()
             cluster.stop()
+            screen.stopping()
 
     loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup was asked for
+        numbers.append(signal.SIGHUP)
     for number in numbers:
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal, number)
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ def test_a_port_where_a_router_listens_is_said_to_be_so(shared: Cluster, tmp_pat
     port = shared.address.rpartition(":")[2]
     done = shared.tandem("up", "--engine", "sim", "--port", port, "--state-dir", str(tmp_path))
     assert done.returncode == 2
-    assert f"{shared.address} is in use: a Tandem router listens there" in done.stderr.decode()
+    assert f"{shared.address} is in use, by a Tandem router;" in done.stderr.decode()
 
 
 def test_a_port_in_use_is_said_with_what_to_do(tmp_path: Path) -> None:

@@ -92,6 +92,12 @@ def test_what_is_wrong_names_key_value_and_range(assignment: str, words: str) ->
     assert problem.startswith(f"--set {assignment.partition('=')[0]}: ")
 
 
+def test_a_secret_that_is_easily_guessed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("hush")
+    (problem,) = problems(f"cluster.secret_file={tmp_path / 'secret'}")
+    assert "must hold at least 16 bytes, has 4" in problem
+
+
 def test_everything_wrong_is_said_at_once() -> None:
     found = problems("router.port=-1", "engine.block_tokens=0", "cluster.decode_workers=0", TANDEM_WORKER_LOG_LEVEL="X")
     assert [line.partition(":")[0] for line in found] == [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.local import ROUTER, LocalCluster, PortTaken, Ready, State, choose_port
+from tandem.local import ROUTER, LocalCluster, PortRefused, Ready, State, choose_port
 from tandem.supervisor import ChildSpec, Event, Left, Outcome, RestartPolicy, Started
 from tests.tandem.scripted_server import Script, serving
 
@@ -87,9 +87,15 @@ async def test_who_was_given_up_or_has_left_is_not_waited_for(tmp_path: Path, ro
 def test_a_port_that_is_taken_is_not_chosen() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(PortTaken, match=str(port)):
+        with pytest.raises(PortRefused, match=str(port)):
             choose_port("127.0.0.1", port)
     assert choose_port("127.0.0.1", port) == port
+
+
+@pytest.mark.parametrize(("host", "port"), [("192.0.2.1", 20_001), ("192.0.2.1", 0), ("no such host", 0)])
+def test_where_nobody_can_listen_is_said_to_be_so(host: str, port: int) -> None:
+    with pytest.raises(PortRefused, match=rf"{host}:\d+ cannot be listened on \("):
+        choose_port(host, port)
 
 
 def test_any_free_port_lies_where_no_outgoing_connection_takes_it() -> None:
