@@ -54,6 +54,7 @@ class PeerProcess:
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)  # until all its threads have stopped
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
