@@ -690,13 +690,16 @@ class Core:
 
     def _computed_in_part(self, opened: OpenRequest) -> None:
         """Its prompt was being computed and will not be to the end. Nobody says how far it got: by the step-time
-        model, or all of it where there is none."""
+        model to the end of the step that runs, or all of it where there is none."""
         if opened.prefilling_at is None:
             return
         tokens = opened.leg_tokens
         if self._step is not UNKNOWN:
-            reached = (self._now - opened.ordered_at) / self._step.prefill_s_per_token - opened.queued_before
-            tokens = round(min(tokens, max(0.0, reached)))
+            a_token_s = self._step.prefill_s_per_token
+            reached = max(0.0, (self._now - opened.ordered_at) / a_token_s - opened.queued_before)
+            tokens = self._step.begun_tokens(reached, tokens)
+            worker = self.state.workers[opened.prefilling_at]
+            worker.busy_until = max(worker.busy_until, self._now + max(0.0, tokens - reached) * a_token_s)
         self._computed(opened, tokens)
 
     def _order_prefill(self, now: float, opened: OpenRequest, pair: Pair) -> None:

@@ -7,6 +7,7 @@ any, times are counted in prompt tokens, which orders workers as well as one can
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,8 @@ class StepModel:
     prefill_s: float = 0.0
     prefill_s_per_token: float = 1.0
     prefill_s_per_pair: float = 0.0
+    #: Prompt tokens that an engine computes in one step at most. A step that has begun is computed to its end.
+    step_tokens: int = 8192
     kv_bytes_per_token: int = 0
     #: A hand-off's fixed part, and its rate where no lane has been measured.
     transfer_s: float = 0.0
@@ -33,6 +36,10 @@ class StepModel:
     def queue_s(self, tokens: int) -> float:
         """Until this many tokens before it are computed."""
         return self.prefill_s_per_token * tokens
+
+    def begun_tokens(self, computed_tokens: float, tokens: int) -> int:
+        """Of a prompt's tokens, those in steps that had begun once so many were computed."""
+        return min(tokens, ceil(computed_tokens / self.step_tokens) * self.step_tokens)
 
     def move_s(self, prompt_tokens: int, gigabytes_per_s: float = 0.0) -> float:
         rate = gigabytes_per_s * 1e9 or self.transfer_bytes_per_s

@@ -63,6 +63,8 @@ class Worker:
     #: Legs in a row that it refused or failed; it gets none before `rest_until`.
     strikes: int = 0
     rest_until: float = 0.0
+    #: Until when, at the least, it still computes for requests that are gone: a step that runs is not interrupted.
+    busy_until: float = 0.0
     #: When it was last chosen, counted in dispatches: of two workers as good, the one chosen longer ago serves.
     chosen: int = 0
 

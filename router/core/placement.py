@@ -88,7 +88,9 @@ class Ask:
         return max(1, self.tokens - self.holders.get(worker.worker_id, 0))
 
     def ttft_s(self, worker: Worker) -> float:
-        return self.step.queue_s(worker.prefilling.total) + self.step.compute_s(self.uncached(worker), self.tokens)
+        busy_s = max(0.0, worker.busy_until - self.now)
+        queue_s = self.step.queue_s(worker.prefilling.total)
+        return busy_s + queue_s + self.step.compute_s(self.uncached(worker), self.tokens)
 
 
 def ask(now: float, pool: Pool, opened: OpenRequest, selector: Selector, limits: CoreLimits, step: StepModel) -> Ask:

@@ -43,10 +43,10 @@ class PrefixIndex:
     def holders(self, prefix: Prefix) -> dict[str, int]:
         """Workers that hold the beginning of it, with how many tokens of it, at most `holders_max` of them."""
         found: dict[str, int] = {}
-        alive: set[str] | None = None
+        alive: list[str] | None = None
         for count, key in enumerate(prefix, start=1):
-            here = self._holders.get(key)
-            alive = set() if here is None else {worker for worker in here if alive is None or worker in alive}
+            here = self._holders.get(key, ())
+            alive = [worker for worker in here if alive is None or worker in alive]
             if not alive:
                 break
             for worker in alive:

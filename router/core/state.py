@@ -472,8 +472,8 @@ class State:
         assert opened.base <= opened.position or opened.decode_leg is None, story
 
 
-def _selectors(book: TenantBook) -> frozenset[Selector]:
-    return frozenset({tenant.pool for tenant in book.everyone()} or {ANYWHERE})
+def _selectors(book: TenantBook) -> tuple[Selector, ...]:
+    return tuple(dict.fromkeys(tenant.pool for tenant in book.everyone())) or (ANYWHERE,)
 
 
 def _told(opened: OpenRequest) -> str:

@@ -135,15 +135,15 @@ class TestCharges:
         assert usage.price_plan == "list"
 
     def test_who_cancels_pays_for_what_was_computed(self) -> None:
-        step = StepModel(prefill_s_per_token=0.1)
+        step = StepModel(prefill_s_per_token=0.1, step_tokens=4)
         world = World(book=book(Tenant(id="a")), step=step)
         world.join("p", P), world.join("d", D)
         world.submit("r", tuple(range(1, 21)), tenant="a")
         world.advance(0.5)
         world.post(ev.Cancel("r"))
         assert world.usage["r"].outcome is Life.CANCELLED
-        assert world.usage["r"].prompt_tokens == 5
-        assert world.usage["r"].cost == 5
+        assert world.usage["r"].prompt_tokens == 8  # five tokens were computed: the second step had begun
+        assert world.usage["r"].cost == 8
 
     def test_what_never_began_costs_nothing(self) -> None:
         world = World(book=book(Tenant(id="a", tokens_per_minute=60)))
