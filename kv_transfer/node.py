@@ -6,8 +6,8 @@ the same transport, compare. Only an equal word makes the pages STAGED; everythi
 cycles are is in lease.py; this file runs them with threads, a clock and transports.
 
 Threads: `offer`, `take_ended` and the like return at once and are made for an engine's scheduler; `fetch` and `connect`
-block their caller. Inside there are the KvPeer server's threads and one that keeps house (ends leases at their
-deadlines, pages' quarantine when a hung read is over); idle, none of them runs.
+block their caller. Inside there are the KvPeer server's threads, one that keeps house (ends leases at their deadlines,
+and the quarantine of pages when a hung read is over) and one that sends releases; idle, none of them runs.
 
 The owner of the memory (arena, staging) must keep it mapped until `close` has returned.
 """
