@@ -29,6 +29,7 @@ from router.core.snapshot import Snapshot
 from router.core.stats import Stats
 from router.edge import control, native
 from router.edge.control import ControlEdge
+from router.edge.generate import Generator
 from router.edge.native import NativeEdge
 from router.edge.text import ModelText
 from router.links import Links
@@ -80,7 +81,8 @@ async def serve(
     shell = Shell(core, stream_tokens_max=config.requests.stream_tokens_max)
     links = Links(shell, router_id=config.router_id, load_report_interval_s=config.load_report_interval_s)
     shell.attach(links)
-    edge = NativeEdge(shell, texts, config.requests)
+    generator = Generator(shell, texts, config.requests)
+    edge = NativeEdge(generator)
     operators = ControlEdge(shell, router_id=config.router_id, uptime_s=lambda: time.monotonic() - began)
     health = health_aio.HealthServicer()
 
@@ -112,7 +114,7 @@ async def serve(
         await _stop(server, health, shell, links, core, config.shutdown_grace_s)
     finally:
         shell.stop()
-        edge.close()
+        generator.close()
         if metrics is not None:
             metrics.shutdown()
 

@@ -40,6 +40,10 @@ class Asked:
     logprobs: int | None = None
 
 
+class PastContext(OutOfRange):
+    """Prompt and answer do not fit into the model's context."""
+
+
 #: Inclusive ranges. Outside of them a value is a mistake: engines would clamp it, or answer noise.
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
@@ -62,13 +66,13 @@ class Rules:
         """UTF-8 bytes that one token stands for at most: no vocabulary's spelling of them is shorter."""
         return max((len(entry.encode()) for entry in self._text.tokenizer.get_vocab()), default=1)
 
-    def check_text(self, text: str, facts: ModelFacts) -> None:
+    def check_text(self, field: str, text: str, facts: ModelFacts) -> None:
         """Refuses, without tokenizing it, a text that surely has too many tokens."""
         if not text:
-            raise Invalid("text", "the prompt is empty")
+            raise Invalid(field, "the prompt is empty")
         nbytes = len(text.encode())
         if nbytes > self._token_bytes_max * facts.max_model_len:
-            raise _past_context("text", f"at least {-(-nbytes // self._token_bytes_max)}", facts)
+            raise _past_context(field, f"at least {-(-nbytes // self._token_bytes_max)}", facts)
 
     def check_prompt(self, field: str, token_ids: tuple[int, ...], facts: ModelFacts) -> None:
         if not token_ids:
@@ -132,7 +136,7 @@ class Rules:
             return min(int(self._text.recommended.get("max_tokens", self._limits.max_tokens_default)), room)
         _check("max_tokens", asked, 1, facts.max_model_len)
         if asked > room:
-            raise OutOfRange(
+            raise PastContext(
                 "sampling.max_tokens",
                 f"{asked} after a prompt of {prompt_tokens} is past the model's context, {facts.max_model_len} tokens",
                 limit=str(facts.max_model_len),
@@ -170,8 +174,8 @@ def _outside(name: str, value: float, allowed: str) -> Invalid:
     return Invalid(f"sampling.{name}", f"must be {allowed}, is {value:g}", limit=allowed)
 
 
-def _past_context(field: str, tokens: str, facts: ModelFacts) -> OutOfRange:
-    return OutOfRange(
+def _past_context(field: str, tokens: str, facts: ModelFacts) -> PastContext:
+    return PastContext(
         field,
         f"the prompt has {tokens} tokens; with the answer, the model's context is {facts.max_model_len}",
         limit=str(facts.max_model_len),

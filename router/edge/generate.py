@@ -1,0 +1,185 @@
+"""What every protocol for clients does the same way: check a request and make it the core's, tokens to text.
+
+An edge brings its protocol's fields into `Wanted`, and turns `Part`s and the `End` into its protocol's messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+from uuid import uuid4
+
+from router.config import RequestLimits
+from router.core.effects import Finished, Tokens
+from router.core.errors import Expired, NotFound, Unavailable
+from router.core.request import GenerationRequest, TokenLogprobs
+from router.core.worker import ModelFacts
+from router.edge.admit import Asked, Rules
+from router.edge.text import ModelText, TextStream
+from router.port import CorePort, ModelView, RequestStream
+
+T = TypeVar("T")
+
+#: Shorter prompts are tokenized in less time than a thread takes to answer.
+_INLINE_CHARS_MAX = 2_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One answer, as a client asks for it."""
+
+    #: Empty takes the one model served, if there is only one.
+    model: str
+    prompt: str | tuple[int, ...]
+    #: What the protocol calls the prompt.
+    prompt_field: str
+    asked: Asked
+    #: Empty: the server makes one up.
+    request_id: str = ""
+    lane: str = ""
+    #: None takes the longest there is.
+    timeout_s: float | None = None
+    #: Whether the tokenizer puts its special tokens around a text.
+    special_tokens: bool = True
+
+
+class Accepted(NamedTuple):
+    request: GenerationRequest
+    stops: tuple[str, ...]
+
+
+class Part(NamedTuple):
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    #: Of the answer so far, this part included.
+    completion_tokens: int
+
+
+class End(NamedTuple):
+    finished: Finished
+    #: The stop string that ended it, or "".
+    stop_match: str
+
+
+class Answer:
+    """An answer on its way."""
+
+    def __init__(self, stream: RequestStream, text: TextStream) -> None:
+        self._stream = stream
+        self._text = text
+
+    async def parts(self) -> AsyncIterator[Part | End]:
+        """Any number of Parts, some without text, then the End. Raises TandemError when the request fails."""
+        completion_tokens, stop_match = 0, ""
+        async for event in self._stream:
+            if isinstance(event, Tokens):
+                if stop_match:
+                    continue  # on their way when the stop string was found
+                piece = self._text.feed(event.token_ids)
+                count = piece.tokens if piece.stop else len(event.token_ids)
+                completion_tokens += count
+                yield Part(piece.text, event.token_ids[:count], event.logprobs[:count], completion_tokens)
+                if piece.stop:
+                    stop_match = piece.stop
+                    self._stream.stop_matched(completion_tokens)
+            elif isinstance(event, Finished):
+                if not stop_match:
+                    rest = self._text.finish()
+                    stop_match = rest.stop or ""
+                    if rest.text:
+                        yield Part(rest.text, (), (), completion_tokens)
+                yield End(event, stop_match)
+            else:
+                raise event.error
+
+    def close(self) -> None:
+        """The client leaves. Idempotent; cancels what has not ended."""
+        self._stream.close()
+
+
+class Generator:
+    def __init__(self, core: CorePort, texts: dict[str, ModelText], limits: RequestLimits) -> None:
+        self._core = core
+        self._texts = texts
+        self._rules = {name: Rules(limits, text) for name, text in texts.items()}
+        self._limits = limits
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def now(self) -> float:
+        return self._core.now()
+
+    def models(self) -> list[ModelView]:
+        return self._core.models()
+
+    def text(self, model: str) -> ModelText:
+        return self._texts[model]
+
+    async def accept(self, wanted: Wanted, arrival: float) -> Accepted:
+        """Raises TandemError. `arrival` is what `now` said when the request came."""
+        name = self.model(wanted.model)
+        rules, facts = self._rules[name], self.facts(name)
+        rules.request_id(wanted.request_id)
+        lane = rules.lane(wanted.lane)
+        prompt = await self.tokens(name, wanted.prompt_field, wanted.prompt, special_tokens=wanted.special_tokens)
+        rules.check_prompt(wanted.prompt_field, prompt, facts)
+        sampling = rules.sampling(wanted.asked, len(prompt), facts)
+        timeout_s = self._limits.timeout_s_max if wanted.timeout_s is None else wanted.timeout_s
+        if timeout_s <= 0:
+            raise Expired("the deadline had passed on arrival")
+        request = GenerationRequest(
+            request_id=wanted.request_id or uuid4().hex,
+            model=name,
+            prompt=prompt,
+            sampling=sampling,
+            arrival=arrival,
+            deadline=arrival + min(timeout_s, self._limits.timeout_s_max),
+            lane=lane,
+        )
+        return Accepted(request, wanted.asked.stop)
+
+    def submit(self, accepted: Accepted) -> Answer:
+        """Whoever submits closes."""
+        request = accepted.request
+        text = TextStream(
+            self._texts[request.model],
+            accepted.stops,
+            prompt=request.prompt,
+            unmatched_tokens=request.sampling.min_tokens,
+        )
+        return Answer(self._core.submit(request), text)
+
+    async def tokens(
+        self, model: str, field: str, prompt: str | tuple[int, ...], *, special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return prompt
+        self._rules[model].check_text(field, prompt, self.facts(model))
+        encode = self._texts[model].encode
+        return await self.work(len(prompt), lambda: encode(prompt, special_tokens=special_tokens))
+
+    async def work(self, characters: int, do: Callable[[], T]) -> T:
+        """Does it here, or on a thread if that many characters take long."""
+        if characters <= _INLINE_CHARS_MAX:
+            return do()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, do)
+
+    def model(self, name: str) -> str:
+        served = ", ".join(sorted(self._texts))
+        if not name and len(self._texts) == 1:
+            return next(iter(self._texts))
+        if name not in self._texts:
+            raise NotFound("model", name, f"model {name!r} is not served here; served: {served}")
+        return name
+
+    def facts(self, name: str) -> ModelFacts:
+        facts = next((view.facts for view in self._core.models() if view.name == name), None)
+        if facts is None:
+            raise Unavailable("NO_WORKERS", f"no worker for model {name!r} has joined yet", retry_after_s=1.0)
+        return facts
