@@ -2,11 +2,12 @@
 
 Run as a child of the supervisor, which holds the other end of its standard input and writes process groups there:
 `+123` to guard one, `-123` to forget it. However the supervisor dies, `kill -9` included, the pipe closes; the guard
-then asks every group it knows to end, and soon makes it. Works on every Unix, and reaches grandchildren too.
+then asks the leader of every group it knows to end, and soon ends them all. Works on every Unix, for grandchildren too.
 
 Started by path with `python -I -S`, so it imports nothing but the standard library and starts in milliseconds.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,12 +17,22 @@ import time
 _GRACE_S = 3.0
 
 
-def _signal(group: int, number: int) -> bool:
+def _terminate(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(leader, signal.SIGTERM)
+
+
+def _is_there(group: int) -> bool:
     try:
-        os.killpg(group, number)
+        os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def main() -> None:
@@ -33,12 +44,13 @@ def main() -> None:
         else:
             groups.discard(group)
     deadline = time.monotonic() + _GRACE_S
-    groups = {group for group in groups if _signal(group, signal.SIGTERM)}
+    for group in groups:
+        _terminate(group)
     while groups and time.monotonic() < deadline:
         time.sleep(0.05)
-        groups = {group for group in groups if _signal(group, 0)}
+        groups = set(filter(_is_there, groups))
     for group in groups:
-        _signal(group, signal.SIGKILL)
+        _kill(group)
 
 
 if __name__ == "__main__":

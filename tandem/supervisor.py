@@ -165,9 +165,15 @@ class _Child:
         #: Where in the log the present process began to write.
         self.log_start = 0
 
-    def signal(self, number: signal.Signals) -> None:
+    def terminate(self) -> None:
+        """Asks the child alone: what it has started is its own to end, in its own order."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        """Ends the child and everything in its group, at once."""
         if self.process is not None:
-            _signal_group(self.process.pid, number)
+            _kill_group(self.process.pid)
 
     def last_lines(self, count: int = _LAST_LINES) -> tuple[str, ...]:
         try:
@@ -203,7 +209,7 @@ class Supervisor:
         self._killing = True
         self._stopping.set()
         for child in self._children.values():
-            child.signal(signal.SIGKILL)
+            child.kill()
 
     def is_stopping(self) -> bool:
         return self._stopping.is_set()
@@ -230,7 +236,7 @@ class Supervisor:
                         await self._stop_stage(stage, keepers)
             finally:
                 for child in self._children.values():
-                    child.signal(signal.SIGKILL)
+                    child.kill()
         return self._outcome
 
     async def _stop_or_all_ended(self, keepers: Mapping[str, asyncio.Task[None]]) -> None:
@@ -245,12 +251,12 @@ class Supervisor:
     async def _stop_stage(self, stage: int, keepers: Mapping[str, asyncio.Task[None]]) -> None:
         names = [name for name, child in self._children.items() if child.spec.stop_stage == stage]
         for name in names:
-            self._children[name].signal(signal.SIGTERM)
+            self._children[name].terminate()
         _, late = await asyncio.wait([keepers[name] for name in names], timeout=self._policy.stop_grace_s)
         for name in names:
             if keepers[name] in late:
                 self._children[name].killed = True
-                self._children[name].signal(signal.SIGKILL)
+                self._children[name].kill()
 
     async def _keep(self, child: _Child, guarding: Process) -> None:
         """Starts a child until it stops, or no start would help."""
@@ -290,10 +296,10 @@ class Supervisor:
         try:
             self._on_event(Started(name=child.spec.name, pid=process.pid, attempt=child.attempts))
             if self.is_stopping():  # stop() came while the process was being made
-                child.signal(signal.SIGKILL if self._killing else signal.SIGTERM)
+                child.kill() if self._killing else child.terminate()
             return process.pid, await process.wait()
         finally:
-            child.signal(signal.SIGKILL)  # what is left of its group
+            child.kill()  # what is left of its group
             child.process = None
             _tell(guarding, f"-{process.pid}\n")
 
@@ -328,9 +334,9 @@ def exit_reason(code: int) -> str:
     return f"killed by {name}{hint}"
 
 
-def _signal_group(group: int, number: signal.Signals) -> None:
+def _kill_group(group: int) -> None:
     try:
-        os.killpg(group, number)
+        os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         pass  # all of it has ended
     except PermissionError:

@@ -212,6 +212,28 @@ async def test_what_a_dead_child_leaves_behind_is_ended_with_it(tmp_path: Path) 
     await cluster.outcome()
 
 
+async def test_a_child_ends_its_own_children_in_its_own_order(tmp_path: Path) -> None:
+    """Only the child is asked to stop: a grandchild that got the signal as well would be seen to die."""
+    parent = """
+        import signal, subprocess, sys, threading
+        asked = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: asked.set())
+        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"])
+        print("up", flush=True)
+        asked.wait()
+        try:
+            child.wait(0.3)
+            print("it was ended by somebody else", flush=True)
+        except subprocess.TimeoutExpired:
+            print("ended in order", flush=True)
+    """
+    cluster = Cluster(tmp_path, worker=parent)
+    await cluster.up("worker")
+    cluster.supervisor.stop()
+    await cluster.outcome()
+    assert cluster.supervisor.last_line("worker") == "ended in order"
+
+
 async def test_a_program_that_does_not_exist_fails_the_run(tmp_path: Path) -> None:
     spec = ChildSpec(name="worker", argv=(str(tmp_path / "none"),), log=tmp_path / "log", group="worker")
     with pytest.raises(ExceptionGroup):
