@@ -46,6 +46,22 @@ class AlreadyExists(TandemError):
     reason = "REQUEST_ID_IN_USE"
 
 
+class Unauthenticated(TandemError):
+    """Nobody that we know: a credential is missing or does not hold. `reason` says which."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class PermissionDenied(TandemError):
+    """Somebody that we know, who may not do this."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Rejected(TandemError):
     """A limit is reached; `reason` names it."""
 

@@ -4,10 +4,12 @@ leaves the process."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Iterator
 from typing import NamedTuple, NoReturn, TypeVar
 
 import grpc
+import msgspec
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -15,23 +17,51 @@ from google.rpc import error_details_pb2 as details
 from google.rpc import status_pb2
 
 from router.core import errors
+from router.edge.admit import PastContext
 
 DOMAIN = "tandem"
 
 T = TypeVar("T")
 
-_STATUS: dict[type[errors.TandemError], grpc.StatusCode] = {
-    errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
-    errors.Invalid: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.NotFound: grpc.StatusCode.NOT_FOUND,
-    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
-    errors.Rejected: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
-    errors.Lost: grpc.StatusCode.UNAVAILABLE,
-    errors.Expired: grpc.StatusCode.DEADLINE_EXCEEDED,
-    errors.Cancelled: grpc.StatusCode.CANCELLED,
-    errors.Misfit: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.Internal: grpc.StatusCode.INTERNAL,
+
+class BodyTooLarge(errors.Invalid):
+    reason = "BODY_TOO_LARGE"
+
+
+class BodyTooSlow(errors.TandemError):
+    reason = "BODY_TOO_SLOW"
+
+
+class MethodNotAllowed(errors.TandemError):
+    reason = "METHOD_NOT_ALLOWED"
+
+
+class Answers(NamedTuple):
+    """How each protocol calls a kind of error."""
+
+    grpc: grpc.StatusCode
+    http: int
+    #: OpenAI's `error.type`.
+    openai: str
+
+
+#: The nearest class of an error's own counts.
+_TABLE: dict[type[errors.TandemError], Answers] = {
+    errors.OutOfRange: Answers(grpc.StatusCode.OUT_OF_RANGE, 400, "invalid_request_error"),
+    errors.Invalid: Answers(grpc.StatusCode.INVALID_ARGUMENT, 400, "invalid_request_error"),
+    errors.NotFound: Answers(grpc.StatusCode.NOT_FOUND, 404, "not_found"),
+    errors.AlreadyExists: Answers(grpc.StatusCode.ALREADY_EXISTS, 409, "conflict"),
+    errors.Rejected: Answers(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error"),
+    errors.Unavailable: Answers(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable"),
+    errors.Lost: Answers(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable"),
+    errors.Expired: Answers(grpc.StatusCode.DEADLINE_EXCEEDED, 504, "timeout"),
+    errors.Cancelled: Answers(grpc.StatusCode.CANCELLED, 499, "cancelled"),
+    errors.Misfit: Answers(grpc.StatusCode.FAILED_PRECONDITION, 409, "conflict"),
+    errors.Internal: Answers(grpc.StatusCode.INTERNAL, 500, "server_error"),
+    # Of HTTP only: gRPC refuses these by itself.
+    BodyTooLarge: Answers(grpc.StatusCode.RESOURCE_EXHAUSTED, 413, "invalid_request_error"),
+    BodyTooSlow: Answers(grpc.StatusCode.DEADLINE_EXCEEDED, 408, "timeout"),
+    MethodNotAllowed: Answers(grpc.StatusCode.UNIMPLEMENTED, 405, "invalid_request_error"),
 }
 
 _log = logging.getLogger(__name__)
@@ -43,21 +73,55 @@ class GrpcStatus(NamedTuple):
     trailers: tuple[tuple[str, str | bytes], ...]
 
 
-def status_code(error: errors.TandemError) -> grpc.StatusCode:
-    for kind in type(error).__mro__:
-        if kind in _STATUS:
-            return _STATUS[kind]
-    return grpc.StatusCode.INTERNAL
+def answers(error: errors.TandemError) -> Answers:
+    return next((_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE), _TABLE[errors.Internal])
 
 
 def grpc_status(error: errors.TandemError) -> GrpcStatus:
     """Code, message and trailers: `google.rpc` details, and gRPC's own retry hint where waiting helps."""
-    code = status_code(error)
+    code = answers(error).grpc
     status = status_pb2.Status(code=code.value[0], message=error.message, details=map(_packed, _details(error)))
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
     if error.retry_after_s is not None:
         trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
     return GrpcStatus(code, error.message, tuple(trailers))
+
+
+class HttpStatus(NamedTuple):
+    status: int
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+
+
+def http_status(error: errors.TandemError) -> HttpStatus:
+    """Status, OpenAI's body, and what says when to try again."""
+    return HttpStatus(answers(error).http, openai_error(error), tuple(_retry_headers(error)))
+
+
+def openai_error(error: errors.TandemError) -> bytes:
+    message, param = error.message, None
+    if isinstance(error, errors.Invalid):
+        param = error.field.removeprefix("sampling.") or None  # our grouping, which OpenAI's protocol does not have
+        message = f"{param}: {error.description}" if param else error.description
+    said = {"message": message, "type": answers(error).openai, "param": param, "code": _openai_code(error)}
+    return msgspec.json.encode({"error": said})
+
+
+def _openai_code(error: errors.TandemError) -> str:
+    """OpenAI's own where there is one that clients look for; else our reason, in its spelling."""
+    if isinstance(error, PastContext):
+        return "context_length_exceeded"
+    if isinstance(error, errors.NotFound) and error.kind == "model":
+        return "model_not_found"
+    return error.reason.lower()
+
+
+def _retry_headers(error: errors.TandemError) -> Iterator[tuple[bytes, bytes]]:
+    if error.retry_after_s is not None:
+        yield b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()
+        yield b"retry-after-ms", str(round(error.retry_after_s * 1000)).encode()
+    elif isinstance(error, errors.Expired | errors.Rejected):
+        yield b"x-should-retry", b"false"  # OpenAI's clients would, and waiting alone does not help
 
 
 async def abort(context: grpc.aio.ServicerContext, error: errors.TandemError) -> NoReturn:

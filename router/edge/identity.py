@@ -1,0 +1,153 @@
+"""Who is asking, and what they may. Edges present what came with a request; what comes back is the caller.
+
+Nothing a client writes into a request raises what its credential allows: the tenant is the credential's, the lane may
+only be lowered, and cache salts are derived from the tenant by the core.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from router.core.errors import PermissionDenied, Unauthenticated
+from router.core.request import Lane
+from router.core.tenant import LANES, Tenant, TenantBook
+
+#: Longer ones are nobody's.
+_TOKEN_CHARS_MAX = 8192
+
+
+class Scope(Enum):
+    """What a credential is for."""
+
+    INFERENCE = "inference"
+    #: Operators' calls: seeing and steering the cluster, across tenants.
+    ADMIN = "admin"
+
+
+EVERY_SCOPE = frozenset(Scope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a credential vouches for."""
+
+    tenant: str
+    #: The highest lane it may use, whatever its tenant may.
+    lane_max: Lane = Lane.REALTIME
+    scopes: frozenset[Scope] = frozenset({Scope.INFERENCE})
+    #: Names the credential in logs; never the secret.
+    key_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """What came with a call that can tell who makes it."""
+
+    token: str = ""
+    #: Of a peer certificate that the transport verified: its subject alternative names.
+    certificate_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A client that may generate, as its tenant."""
+
+    identity: Identity
+    tenant: Tenant
+
+    def lane(self, asked: Lane | None) -> Lane:
+        """The lane asked for, or the next lower one it may use: asking never raises, and is never refused."""
+        wanted = asked or self.tenant.default_lane or Lane.STANDARD
+        return self.tenant.lane_for(max(wanted, self.identity.lane_max, key=LANES.index))
+
+
+class Verifier(Protocol):
+    """One kind of credential."""
+
+    async def identify(self, presented: Presented, now: float) -> Identity | None:
+        """`now`: seconds since 1970. None when nothing of this kind is presented; raises Unauthenticated when it is
+        and does not hold."""
+        ...
+
+
+class Anyone:
+    """For a laptop: all callers are one tenant and may do everything."""
+
+    def __init__(self, tenant: str) -> None:
+        self._identity = Identity(tenant=tenant, scopes=EVERY_SCOPE)
+
+    async def identify(self, presented: Presented, now: float) -> Identity:
+        return self._identity
+
+
+class Authenticator:
+    """What the edges ask, whatever credentials there are. Belongs to one event loop."""
+
+    def __init__(
+        self, verifiers: Sequence[Verifier], book: TenantBook, *, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        self._verifiers = verifiers
+        #: The book in force; replaced when it changes.
+        self.book = book
+        self._wall_clock = wall_clock
+
+    @classmethod
+    def open(cls, book: TenantBook | None = None) -> Authenticator:
+        """Asks nobody who they are."""
+        book = book or TenantBook.open()
+        return cls((Anyone(book.unknown.id if book.unknown else "default"),), book)
+
+    async def caller(self, presented: Presented) -> Caller:
+        """Who wants to generate. Raises Unauthenticated, PermissionDenied."""
+        identity = await self.identify(presented, Scope.INFERENCE)
+        tenant = self.book.tenant(identity.tenant)
+        if tenant is None:
+            raise PermissionDenied("TENANT_UNKNOWN", "the credential's tenant does not exist")
+        return Caller(identity, tenant)
+
+    async def identify(self, presented: Presented, needs: Scope) -> Identity:
+        """Raises Unauthenticated, PermissionDenied."""
+        identity = await self._identify(presented)
+        if needs not in identity.scopes:
+            raise PermissionDenied("SCOPE_MISSING", f"the credential does not have the scope {needs.value!r}")
+        return identity
+
+    async def _identify(self, presented: Presented) -> Identity:
+        if len(presented.token) > _TOKEN_CHARS_MAX:
+            raise Unauthenticated("CREDENTIALS_INVALID", f"the credential is longer than {_TOKEN_CHARS_MAX} characters")
+        now = self._wall_clock()
+        for verifier in self._verifiers:
+            if (identity := await verifier.identify(presented, now)) is not None:
+                return identity
+        if not presented.token:
+            raise Unauthenticated(
+                "CREDENTIALS_MISSING", "no credential came with the call: send `authorization: Bearer ...` or x-api-key"
+            )
+        raise Unauthenticated("CREDENTIALS_INVALID", "the credential is of no kind that is accepted here")
+
+
+def presented(
+    headers: Iterable[tuple[str, str | bytes]] | None, auth_context: Mapping[str, Iterable[bytes]] | None = None
+) -> Presented:
+    """From a call's metadata or an HTTP request's headers, and gRPC's `auth_context()`. Raises Unauthenticated."""
+    tokens = {token for name, value in headers or () if (token := _token(name.lower(), value))}
+    if len(tokens) > 1:
+        raise Unauthenticated("CREDENTIALS_AMBIGUOUS", "more than one credential came with the call")
+    names = (auth_context or {}).get("x509_subject_alternative_name", ())
+    return Presented(next(iter(tokens), ""), tuple(name.decode(errors="replace") for name in names))
+
+
+def _token(name: str, value: str | bytes) -> str:
+    if name not in ("authorization", "x-api-key"):
+        return ""
+    text = value if isinstance(value, str) else value.decode(errors="replace")
+    if name == "x-api-key":
+        return text.strip()
+    scheme, _, token = text.strip().partition(" ")
+    if scheme.lower() != "bearer":
+        raise Unauthenticated("CREDENTIALS_INVALID", "authorization: must be `Bearer ...`")
+    return token.strip()
