@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from kv_transfer.inproc import InprocHub, InprocTransport
 from kv_transfer.transport import Transport
 
-NAMES = ("inproc", "nixl")
+NAMES = ("inproc", "nixl", "shm", "tcp")
 
 
 class TransportUnavailable(Exception):
@@ -30,6 +31,12 @@ def _make(name: str, host: str, hub: InprocHub | None) -> Transport:
             return InprocTransport(hub)
         case "nixl":
             return _make_nixl(host)
+        case "shm":
+            return _make_shm()
+        case "tcp":
+            from kv_transfer.tcp import TcpTransport
+
+            return TcpTransport(host)
         case _:
             raise TransportUnavailable(f"unknown transport {name!r}; there are {', '.join(NAMES)}")
 
@@ -41,3 +48,11 @@ def _make_nixl(host: str) -> Transport:
         return NixlTransport(host)
     except ImportError as error:
         raise TransportUnavailable(f'transport "nixl" needs the package nixl-cu12 ({error})') from error
+
+
+def _make_shm() -> Transport:
+    if sys.platform != "linux":
+        raise TransportUnavailable('transport "shm" needs Linux')
+    from kv_transfer.shm import ShmTransport
+
+    return ShmTransport()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,10 +28,17 @@ ARENA_BYTES, BOARD_BYTES, STAGING_BYTES = 4 << 20, 1 << 16, 4 << 20
 
 
 class PeerProcess:
-    """`kind` is "transport" (which only is there), "node" or "churn" (see below)."""
+    """`kind` is "transport" (which only is there), "node" (several transports, with commas) or "churn" (see below)."""
 
-    def __init__(self, kind: str, transport: str, seed: int, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "tests.kv_transfer.processes", kind, transport, str(seed)]
+    def __init__(
+        self,
+        kind: str,
+        transports: str,
+        seed: int,
+        environment: dict[str, str] | None = None,
+        launcher: Sequence[str] = (),
+    ) -> None:
+        command = [*launcher, sys.executable, "-m", "tests.kv_transfer.processes", kind, transports, str(seed)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -81,9 +88,13 @@ class PeerProcess:
 
 @contextmanager
 def peer_process(
-    kind: str, transport: str, seed: int = 1, environment: dict[str, str] | None = None
+    kind: str,
+    transports: str,
+    seed: int = 1,
+    environment: dict[str, str] | None = None,
+    launcher: Sequence[str] = (),
 ) -> Iterator[PeerProcess]:
-    peer = PeerProcess(kind, transport, seed, environment)
+    peer = PeerProcess(kind, transports, seed, environment, launcher)
     try:
         yield peer
     finally:
@@ -116,10 +127,10 @@ def _serve_transport(name: str, seed: int) -> None:
     del memory
 
 
-def _serve_node(name: str, seed: int) -> None:
+def _serve_node(names: str, seed: int) -> None:
     from tests.kv_transfer.nodes import open_party
 
-    party = open_party(f"p{seed}", make_transports([name]), incarnation=os.urandom(4).hex())
+    party = open_party(f"p{seed}", make_transports(names.split(",")), incarnation=os.urandom(4).hex())
     _say({"address": party.node.address, "blocks": [party.block(block).hex() for block in range(party.where.blocks)]})
     for line in sys.stdin:
         command = json.loads(line)

@@ -64,6 +64,8 @@ class ProcessHarness:
 HARNESSES: dict[str, Callable[[ExitStack], InprocHarness | ProcessHarness]] = {
     "inproc": InprocHarness,
     "nixl": lambda cleanup: ProcessHarness(cleanup, "nixl"),
+    "shm": lambda cleanup: ProcessHarness(cleanup, "shm"),
+    "tcp": lambda cleanup: ProcessHarness(cleanup, "tcp"),
 }
 _NEEDS = {"nixl": "nixl_cu12"}
 
