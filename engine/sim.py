@@ -132,7 +132,7 @@ class SimEngine:
     # Steps
 
     async def _run(self, started: _Started) -> None:
-        started.step_end = asyncio.get_running_loop().time()  # else the first step would make up for a past it never had
+        started.step_end = asyncio.get_running_loop().time()  # the first step has no lost time to make up for
         try:
             while True:
                 await self._step(started)
