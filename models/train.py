@@ -5,12 +5,12 @@ versions give the same weights, byte for byte, on the same machine: files are re
 choice comes from one seeded generator, the thread count is fixed, and training stops on a step count, never a
 clock.
 
-    python models/train.py --out models/tandem-nano            # the weights in this repository
+    python models/train.py --out models/tandem-nano            # the weights in this repository, about an hour
     python models/train.py --out /tmp/nano --steps 20          # a short run, to see it work
 
-Two kinds of document are seen. Whole files teach imports, layout and long range context. Snippets, which are
-single functions, methods and classes taken out of those files, end within a few hundred tokens: they are why a completion of
-`def f(x):` closes the function, then emits the end-of-text token, as a request to a real model would.
+Two kinds of document are seen. Whole files teach imports, layout and long range context. Snippets are single
+functions, methods and classes taken out of those files, and end within a few hundred tokens: they are why a completion
+of `def f(x):` closes the function, then emits the end-of-text token, so that generation really finishes.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import platform
 import sysconfig
 import textwrap
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,7 +49,8 @@ CHARACTERS_PER_PIECE = 200
 
 TOKENS_PER_STEP = 8_192
 TOKENS_PER_MICROBATCH = 4_096
-THREADS = 2
+#: One: with a second thread, a busy machine waits at every barrier.
+THREADS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE: all 256 bytes are in the alphabet, so that any Unicode text survives the round trip."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -180,8 +184,8 @@ class Sampler:
             last = np.searchsorted(starts, len(self.snippets.tokens) - length, side="right")
             first = starts[self.rng.integers(last)]
             return self.snippets.tokens[first : first + length]
-        first = self.rng.integers(len(self.files.tokens) - length)
-        return self.files.tokens[first : first + length]
+        begin = self.rng.integers(len(self.files.tokens) - length)
+        return self.files.tokens[begin : begin + length]
 
 
 # Model: module names are those of transformers, so that the state dict is the export ----------------------------------
@@ -260,7 +264,8 @@ class Llama(nn.Module):
         residual_std = 0.02 / math.sqrt(2 * shape.num_hidden_layers)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02)
+                closes_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=residual_std if closes_branch else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.model.embed_tokens(tokens)
@@ -347,7 +352,9 @@ def mean_loss(network: Llama, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_figures(network: Llama, documents: list[str], tokenizer: Tokenizer, window: int = 2048) -> dict[str, float]:
+def held_out_figures(
+    network: Llama, documents: list[str], tokenizer: Tokenizer, window: int = 2048
+) -> dict[str, float]:
     """Every token of every held-out file is predicted once, from what precedes it in its own window of the file."""
     nats, tokens = 0.0, 0
     for encoding in tokenizer.encode_batch(documents):
@@ -371,7 +378,7 @@ def held_out_figures(network: Llama, documents: list[str], tokenizer: Tokenizer,
 # Export ---------------------------------------------------------------------------------------------------------------
 
 
-def export(out: Path, network: Llama, tokenizer: Tokenizer, shape: Shape, figures: dict[str, object]) -> None:
+def export(out: Path, network: Llama, tokenizer: Tokenizer, shape: Shape, figures: Mapping[str, object]) -> None:
     weights = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in network.named_parameters()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"))
@@ -404,7 +411,7 @@ def export(out: Path, network: Llama, tokenizer: Tokenizer, shape: Shape, figure
     write_json(out / "training.json", figures)
 
 
-def write_json(path: Path, value: dict[str, object]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -423,7 +430,7 @@ def complete(network: Llama, tokenizer: Tokenizer, prompt: str, tokens_max: int 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model; created if missing")
-    parser.add_argument("--steps", type=int, default=2800, help=f"optimizer steps of {TOKENS_PER_STEP:,} tokens")
+    parser.add_argument("--steps", type=int, default=900, help=f"optimizer steps of {TOKENS_PER_STEP:,} tokens")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     options = parser.parse_args()
