@@ -205,8 +205,8 @@ class EngineOptions:
     #: Authenticates handles and peers; the same in all workers of a cluster.
     cluster_secret: bytes = field(repr=False)
     kv_host: str = "127.0.0.1"
-    #: Allowed transports, best first.
-    transports: tuple[str, ...] = ("nixl",)
+    #: Allowed transports, best first; what this machine lacks is left out. A pair takes the first that both have.
+    transports: tuple[str, ...] = ("nixl", "shm", "tcp")
     block_tokens: int = 32
     kv_cache_bytes: int = 256 * 1024 * 1024
     #: Bytes for fetched blocks that no decode leg has taken yet.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -10,17 +11,32 @@ from kv_transfer.transport import Transport
 
 NAMES = ("inproc", "nixl", "shm", "tcp")
 
+log = logging.getLogger(__name__)
+
 
 class TransportUnavailable(Exception):
     """A configured transport can't be had here; says what to do about it."""
 
 
 def make_transports(names: Sequence[str], *, host: str = "127.0.0.1", hub: InprocHub | None = None) -> list[Transport]:
-    """One fresh transport per name, in that order, for one node that serves on `host`. Raises TransportUnavailable.
+    """Fresh transports of these names, in that order, for one node that serves on `host`.
 
-    "inproc" reaches the nodes whose transports were made with the same `hub`.
+    What can't be had on this machine is left out and logged. Raises TransportUnavailable for an unknown name, and when
+    nothing is left. "inproc" reaches the nodes whose transports were made with the same `hub`.
     """
-    return [_make(name, host, hub) for name in names]
+    if unknown := [name for name in names if name not in NAMES]:
+        raise TransportUnavailable(f"unknown transport {unknown[0]!r}; there are {', '.join(NAMES)}")
+    made, missing = [], []
+    for name in names:
+        try:
+            made.append(_make(name, host, hub))
+        except TransportUnavailable as why:
+            missing.append(str(why))
+    if not made:
+        raise TransportUnavailable("; ".join(missing) or "no transport is named")
+    for why_not in missing:
+        log.info("left out: %s", why_not)
+    return made
 
 
 def _make(name: str, host: str, hub: InprocHub | None) -> Transport:
@@ -37,8 +53,7 @@ def _make(name: str, host: str, hub: InprocHub | None) -> Transport:
             from kv_transfer.tcp import TcpTransport
 
             return TcpTransport(host)
-        case _:
-            raise TransportUnavailable(f"unknown transport {name!r}; there are {', '.join(NAMES)}")
+    raise AssertionError(name)
 
 
 def _make_nixl(host: str) -> Transport:

@@ -152,6 +152,7 @@ def test_a_transport_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "nixl_cu12", None)
     with pytest.raises(TransportUnavailable, match="package nixl-cu12"):
         make_transports(["nixl"])
+    assert [transport.name for transport in make_transports(["nixl", "tcp"])] == ["tcp"]
 
 
 # -- hand-offs between two processes
