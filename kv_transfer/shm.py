@@ -21,7 +21,7 @@ import secrets
 import select
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -127,11 +127,21 @@ class ShmTransport:
             return
         ours = self._regions[segments.local_region].address
         theirs = remote.regions[segments.remote_region].address
+        # All of them before the first: after some megabytes every cache is cold, and Python then ten times as slow.
+        copies = [
+            copy
+            for piece in pieces(segments, _PIECE_BYTES)
+            for copy in _copies(
+                remote.pid,
+                _vectors(theirs, piece.remote, piece.sizes),
+                _vectors(ours, piece.local, piece.sizes),
+            )
+        ]
         try:
-            for piece in pieces(segments, _PIECE_BYTES):
+            for copy in copies:
                 if time.monotonic() > deadline:
                     raise ReadTimedOut(f"the read from {peer} is past its deadline")
-                _copy(remote.pid, _vectors(theirs, piece.remote, piece.sizes), _vectors(ours, piece.local, piece.sizes))
+                copy.run()
         except OSError as error:
             self._forget(peer, remote)
             raise PeerGone(f"{peer}, process {remote.pid}: {error.strerror}") from error
@@ -175,11 +185,10 @@ def _find_process(peer: str, theirs: _Exported) -> _Remote:
 def _check_nonce(peer: str, theirs: _Exported) -> None:
     found = ctypes.create_string_buffer(_NONCE_BYTES)
     try:
-        _copy(
-            theirs.pid,
-            np.array([[theirs.nonce_address, _NONCE_BYTES]], np.uint64),
-            np.array([[ctypes.addressof(found), _NONCE_BYTES]], np.uint64),
-        )
+        source = np.array([[theirs.nonce_address, _NONCE_BYTES]], np.uint64)
+        target = np.array([[ctypes.addressof(found), _NONCE_BYTES]], np.uint64)
+        for copy in _copies(theirs.pid, source, target):
+            copy.run()
     except (OSError, OverflowError) as error:
         hint = ""
         if isinstance(error, PermissionError):
@@ -203,19 +212,33 @@ def _vectors(address: int, offsets: NDArray[np.uint64], sizes: NDArray[np.uint64
     return vectors
 
 
-def _copy(pid: int, source: _Vectors, target: _Vectors) -> None:
-    """Copies what `source` names in that process to what `target`, of the same sizes, names here. Raises OSError."""
+class _Copy:
+    """One system call: what `source` names in that process goes to what `target`, of the same sizes, names here."""
+
+    __slots__ = ("_arguments", "_nbytes", "_pid", "_source", "_target")
+
+    def __init__(self, pid: int, source: _Vectors, target: _Vectors) -> None:
+        self._pid = pid
+        self._source, self._target = source, target
+        self._nbytes = int(target[:, 1].sum())
+        self._arguments = (pid, target.ctypes.data, len(target), source.ctypes.data, len(source), 0)
+
+    def run(self) -> None:
+        """Raises OSError."""
+        if not self._nbytes:
+            return
+        copied = _process_vm_readv(*self._arguments)
+        if copied <= 0:
+            code = ctypes.get_errno() if copied else errno.EFAULT
+            raise OSError(code, os.strerror(code))
+        if copied < self._nbytes:  # it stopped at a page that could not be read: from there, the call says why
+            _Copy(self._pid, _after(self._source, copied), _after(self._target, copied)).run()
+
+
+def _copies(pid: int, source: _Vectors, target: _Vectors) -> Iterator[_Copy]:
     for start in range(0, len(source), _VECTORS_MAX):
-        theirs, ours = source[start : start + _VECTORS_MAX], target[start : start + _VECTORS_MAX]
-        left = int(ours[:, 1].sum())
-        while left:
-            copied = _process_vm_readv(pid, ours.ctypes.data, len(ours), theirs.ctypes.data, len(theirs), 0)
-            if copied <= 0:
-                code = ctypes.get_errno() if copied else errno.EFAULT
-                raise OSError(code, os.strerror(code))
-            left -= copied
-            if left:  # a page in between can't be read, or could not be just now: the next call will tell
-                theirs, ours = _after(theirs, copied), _after(ours, copied)
+        part = slice(start, start + _VECTORS_MAX)
+        yield _Copy(pid, source[part], target[part])
 
 
 def _after(vectors: _Vectors, done: int) -> _Vectors:
