@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from router.access import AccessRefused
 from router.config import from_json
 from router.main import Bound, PortTaken, serve
 
@@ -30,6 +31,9 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         uvloop.run(serve(config, _say_where))
+    except AccessRefused as error:
+        print(f"configuration: {error}", file=sys.stderr)
+        return BAD_CONFIG
     except PortTaken as error:
         print(error, file=sys.stderr)
         return PORT_TAKEN

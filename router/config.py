@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import ipaddress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
 from router.core.limits import CoreLimits
+from router.core.tenant import BookRefused
+from router.tenants import read_book
 
 #: gRPC frames a message's length in 32 bits; past 1 GiB every message is a mistake.
 _MESSAGE_BYTES_MAX = 1 << 30
@@ -27,6 +32,8 @@ class RequestLimits:
     max_tokens_default: int = 256
     #: Time a request gets when the client names no deadline, and the most it can get.
     timeout_s_max: float = 3600.0
+    #: Answers that one call may ask for: its prompts, times `n`.
+    answers_max: int = 64
     #: Tokens that may wait for a client that reads slowly; one more ends its request.
     stream_tokens_max: int = 16_384
 
@@ -41,6 +48,118 @@ class RequestLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    """What one client may take of the HTTP port. Bodies: `RequestLimits.message_bytes_max`."""
+
+    connections_max: int = 10_000
+    head_bytes_max: int = 65_536
+    #: For a request's head, and again for its body, to come in.
+    read_timeout_s: float = 30.0
+    #: For a client to read what was sent, before its connection is cut.
+    write_timeout_s: float = 120.0
+
+    def problems(self) -> list[str]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return [f"http.{name}: must be more than 0, is {value}" for name, value in values.items() if value <= 0]
+
+
+#: Of tokens' signatures. All asymmetric: a public key can't be taken for a shared secret.
+JWT_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JwtRules:
+    """Which tokens are believed, and what their claims mean."""
+
+    issuer: str = ""
+    audience: str = ""
+    #: The issuer's public keys: a file or an https URL.
+    jwks: str = ""
+    algorithms: tuple[str, ...] = ("RS256", "ES256", "EdDSA")
+    tenant_claim: str = "tenant"
+    #: Holds the highest lane the token may use; empty: every lane its tenant may.
+    lane_claim: str = ""
+    #: A list, or one text with spaces; `tandem:inference` and `tandem:admin` count. Empty: tokens are for inference.
+    scope_claim: str = ""
+    #: How far the issuer's clock may be off.
+    leeway_s: float = 30.0
+    #: How old the JWKS may become, and how soon after an attempt an unknown key may have it fetched again.
+    jwks_age_s_max: float = 300.0
+    jwks_fetch_interval_s_min: float = 10.0
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{name}: must not be empty"
+            for name in ("issuer", "audience", "jwks", "tenant_claim", "algorithms")
+            if not getattr(self, name)
+        ]
+        found += [
+            f"algorithms: {name!r} is none of {', '.join(JWT_ALGORITHMS)}"
+            for name in self.algorithms
+            if name not in JWT_ALGORITHMS
+        ]
+        if not 0 <= self.leeway_s <= 600:
+            found.append(f"leeway_s: must be from 0 to 600, is {self.leeway_s:g}")
+        if not 1 <= self.jwks_fetch_interval_s_min <= self.jwks_age_s_max:
+            found.append(
+                f"jwks_fetch_interval_s_min: must be at least 1 and at most jwks_age_s_max ({self.jwks_age_s_max:g}), "
+                f"is {self.jwks_fetch_interval_s_min:g}"
+            )
+        if "://" in self.jwks:
+            parts = urlsplit(self.jwks)
+            if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+                found.append(f"jwks: must be a file or an https URL, is {self.jwks}")
+        elif self.jwks and not Path(self.jwks).is_file():
+            found.append(f"jwks: {self.jwks} is not a file")
+        return [f"jwt.{problem}" for problem in found]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuthConfig:
+    """How callers say who they are. docs/tenancy.md tells more."""
+
+    #: `jwt` takes API keys, too, if there is a key file.
+    mode: Literal["none", "keys", "jwt"] = "none"
+    #: Without it, a router that asks nobody who they are listens on this machine's own addresses only.
+    allow_unauthenticated: bool = False
+    #: Written by `tandem key`.
+    keys_file: str = ""
+    #: Empty: a file called `pepper` beside the key file.
+    pepper_file: str = ""
+    jwt: JwtRules = field(default_factory=JwtRules)
+
+    def problems(self, host: str) -> list[str]:
+        found = self.jwt.problems() if self.mode == "jwt" else []
+        if self.mode == "none" and not is_loopback(host) and not self.allow_unauthenticated:
+            found.append(
+                f"mode: is none, and {host} can be reached from other machines: everybody there could use and steer "
+                "this cluster. Take keys or jwt, or set allow_unauthenticated = true"
+            )
+        if self.mode == "keys" and not self.keys_file:
+            found.append("keys_file: must be given with mode keys")
+        if self.mode != "none" and self.keys_file:
+            found += [
+                f"{name}: {path} is not a file; `tandem key create` makes it"
+                for name, path in (("keys_file", Path(self.keys_file)), ("pepper_file", self.pepper_path))
+                if not path.is_file()
+            ]
+        return [f"auth.{problem}" for problem in found]
+
+    @property
+    def pepper_path(self) -> Path:
+        return Path(self.pepper_file) if self.pepper_file else Path(self.keys_file).with_name("pepper")
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     #: A model directory with tokenizer.json; the router needs no weights.
     model_dir: str
@@ -51,8 +170,17 @@ class RouterConfig:
     port: int = 50051
     #: Prometheus metrics over HTTP; None serves none, 0 takes any free port.
     metrics_port: int | None = None
+    #: OpenAI's protocol over HTTP, and metrics; None serves none, 0 takes any free port.
+    http_port: int | None = None
+    #: Who the tenants are and what they may (TOML), read again when it changes; empty: all callers are one tenant
+    #: without limits.
+    tenants_file: str = ""
+    #: SHA-256, in hex, of a key that may do what operators do: of whoever started this process. Empty: there is none.
+    operator_key_hash: str = ""
+    auth: AuthConfig = field(default_factory=AuthConfig)
     limits: CoreLimits = field(default_factory=CoreLimits)
     requests: RequestLimits = field(default_factory=RequestLimits)
+    http: HttpLimits = field(default_factory=HttpLimits)
     #: How often workers report their load.
     load_report_interval_s: float = 1.0
     #: How long requests may go on after the router was told to stop.
@@ -64,13 +192,19 @@ class RouterConfig:
             raise ValueError("\n".join(problems))
 
     def _problems(self) -> list[str]:
-        found = self.requests.problems()
-        for name in ("port", "metrics_port"):
+        found = self.requests.problems() + self.http.problems() + self.auth.problems(self.host)
+        if self.tenants_file:
+            found += _book_problems(self.tenants_file)
+        elif self.auth.mode != "none":
+            found.append(f"tenants_file: must be given with auth.mode {self.auth.mode}: it says who the tenants are")
+        for name in ("port", "metrics_port", "http_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65_535:
                 found.append(f"{name}: must be from 0 to 65535, is {port}")
         if self.metrics_port and self.metrics_port == self.port:
             found.append(f"metrics_port: {self.metrics_port} is the gRPC port already")
+        if self.http_port and self.http_port in (self.port, self.metrics_port):
+            found.append(f"http_port: {self.http_port} is the gRPC or the metrics port already")
         if not 0 < self.load_report_interval_s < self.limits.silence_s_max / 2:
             found.append(
                 "load_report_interval_s: must be more than 0 and less than half of limits.silence_s_max "
@@ -87,6 +221,33 @@ class RouterConfig:
         if self.log_level not in levels:
             found.append(f"log_level: must be one of {', '.join(levels)}, is {self.log_level!r}")
         return found
+
+
+def _book_problems(file: str) -> list[str]:
+    try:
+        read_book(Path(file))
+    except OSError as error:
+        return [f"tenants_file: {file} cannot be read: {error.strerror}"]
+    except BookRefused as refused:
+        return [f"tenants_file: {file}: {problem}" for problem in refused.problems]
+    return []
+
+
+def with_absolute_paths(config: RouterConfig) -> RouterConfig:
+    """For a process that will run in another folder."""
+    auth = config.auth
+    jwks = auth.jwt.jwks if "://" in auth.jwt.jwks else _absolute(auth.jwt.jwks)
+    auth = replace(
+        auth,
+        keys_file=_absolute(auth.keys_file),
+        pepper_file=_absolute(auth.pepper_file),
+        jwt=replace(auth.jwt, jwks=jwks),
+    )
+    return replace(config, tenants_file=_absolute(config.tenants_file), auth=auth)
+
+
+def _absolute(path: str) -> str:
+    return path and str(Path(path).absolute())
 
 
 def to_json(config: RouterConfig) -> bytes:

@@ -22,6 +22,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from protos import worker_link_pb2_grpc
+from router.access import open_access
 from router.config import RouterConfig
 from router.core import events as ev
 from router.core.core import Core
@@ -70,20 +71,24 @@ async def serve(
     *,
     asked_to_stop: asyncio.Event | None = None,
 ) -> None:
-    """Runs until a signal, and returns when it has stopped in order. Raises PortTaken.
+    """Runs until a signal, and returns when it has stopped in order. Raises PortTaken, AccessRefused.
 
     Given an event, it runs until that is set and leaves the process's signals alone.
     """
     loop = asyncio.get_running_loop()
     began = time.monotonic()
     texts = {config.model_name: ModelText(Path(config.model_dir))}
-    core = Core(now=began, limits=config.limits, models=texts)
+    access = open_access(config)
+    core = Core(now=began, limits=config.limits, models=texts, book=access.book, cache_secret=access.cache_secret)
     shell = Shell(core, stream_tokens_max=config.requests.stream_tokens_max)
     links = Links(shell, router_id=config.router_id, load_report_interval_s=config.load_report_interval_s)
     shell.attach(links)
-    generator = Generator(shell, texts, config.requests)
+    access.on_book = lambda book: shell.handle(ev.TenantsChanged(book))
+    generator = Generator(shell, texts, config.requests, access.authenticator)
     edge = NativeEdge(generator)
-    operators = ControlEdge(shell, router_id=config.router_id, uptime_s=lambda: time.monotonic() - began)
+    operators = ControlEdge(
+        shell, access.authenticator, router_id=config.router_id, uptime_s=lambda: time.monotonic() - began
+    )
     health = health_aio.HealthServicer()
 
     options = (*_SERVER_OPTIONS, ("grpc.max_receive_message_length", config.requests.message_bytes_max))
@@ -109,7 +114,9 @@ async def serve(
         on_ready(Bound(port, metrics.server_port if metrics is not None else None))
         async with asyncio.TaskGroup() as tasks:
             reporter = tasks.create_task(_report_health(health, shell, core, config.model_name))
+            watching = tasks.create_task(access.watch())
             await asked_to_stop.wait()
+            watching.cancel()
             reporter.cancel()
         await _stop(server, health, shell, links, core, config.shutdown_grace_s)
     finally:

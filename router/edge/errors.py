@@ -51,6 +51,8 @@ _TABLE: dict[type[errors.TandemError], Answers] = {
     errors.Invalid: Answers(grpc.StatusCode.INVALID_ARGUMENT, 400, "invalid_request_error"),
     errors.NotFound: Answers(grpc.StatusCode.NOT_FOUND, 404, "not_found"),
     errors.AlreadyExists: Answers(grpc.StatusCode.ALREADY_EXISTS, 409, "conflict"),
+    errors.Unauthenticated: Answers(grpc.StatusCode.UNAUTHENTICATED, 401, "authentication_error"),
+    errors.PermissionDenied: Answers(grpc.StatusCode.PERMISSION_DENIED, 403, "permission_error"),
     errors.Rejected: Answers(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error"),
     errors.Unavailable: Answers(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable"),
     errors.Lost: Answers(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable"),

@@ -18,6 +18,7 @@ from router.core.errors import Expired, NotFound, Unavailable
 from router.core.request import GenerationRequest, TokenLogprobs
 from router.core.worker import ModelFacts
 from router.edge.admit import Asked, Rules
+from router.edge.identity import NOBODY, Authenticator, Presented
 from router.edge.text import ModelText, TextStream
 from router.port import CorePort, ModelView, RequestStream
 
@@ -42,6 +43,8 @@ class Wanted:
     lane: str = ""
     #: None takes the longest there is.
     timeout_s: float | None = None
+    #: What came with the call that can tell who makes it.
+    presented: Presented = NOBODY
     #: Whether the tokenizer puts its special tokens around a text.
     special_tokens: bool = True
 
@@ -102,8 +105,11 @@ class Answer:
 
 
 class Generator:
-    def __init__(self, core: CorePort, texts: dict[str, ModelText], limits: RequestLimits) -> None:
+    def __init__(
+        self, core: CorePort, texts: dict[str, ModelText], limits: RequestLimits, authenticator: Authenticator
+    ) -> None:
         self._core = core
+        self._authenticator = authenticator
         self._texts = texts
         self._rules = {name: Rules(limits, text) for name, text in texts.items()}
         self._limits = limits
@@ -118,15 +124,21 @@ class Generator:
     def models(self) -> list[ModelView]:
         return self._core.models()
 
+    async def models_for(self, presented: Presented) -> list[ModelView]:
+        """Those that the caller may use. Raises Unauthenticated, PermissionDenied."""
+        caller = await self._authenticator.caller(presented)
+        return [view for view in self._core.models() if caller.tenant.may_use(view.name)]
+
     def text(self, model: str) -> ModelText:
         return self._texts[model]
 
     async def accept(self, wanted: Wanted, arrival: float) -> Accepted:
         """Raises TandemError. `arrival` is what `now` said when the request came."""
+        caller = await self._authenticator.caller(wanted.presented)
         name = self.model(wanted.model)
         rules, facts = self._rules[name], self.facts(name)
         rules.request_id(wanted.request_id)
-        lane = rules.lane(wanted.lane)
+        lane = caller.lane(rules.lane(wanted.lane) if wanted.lane else None)
         prompt = await self.tokens(name, wanted.prompt_field, wanted.prompt, special_tokens=wanted.special_tokens)
         rules.check_prompt(wanted.prompt_field, prompt, facts)
         sampling = rules.sampling(wanted.asked, len(prompt), facts)
@@ -140,6 +152,7 @@ class Generator:
             sampling=sampling,
             arrival=arrival,
             deadline=arrival + min(timeout_s, self._limits.timeout_s_max),
+            tenant=caller.tenant.id,
             lane=lane,
         )
         return Accepted(request, wanted.asked.stop)

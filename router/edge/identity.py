@@ -6,6 +6,8 @@ only be lowered, and cache salts are derived from the tenant by the core.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +54,10 @@ class Presented:
     certificate_names: tuple[str, ...] = ()
 
 
+#: Nothing came.
+NOBODY = Presented()
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """A client that may generate, as its tenant."""
@@ -60,9 +66,15 @@ class Caller:
     tenant: Tenant
 
     def lane(self, asked: Lane | None) -> Lane:
-        """The lane asked for, or the next lower one it may use: asking never raises, and is never refused."""
+        """The lane asked for, or the next lower one it may use: asking never raises. Raises PermissionDenied when its
+        tenant has no lane that the credential may use."""
         wanted = asked or self.tenant.default_lane or Lane.STANDARD
-        return self.tenant.lane_for(max(wanted, self.identity.lane_max, key=LANES.index))
+        lane = self.tenant.lane_for(max(wanted, self.identity.lane_max, key=LANES.index))
+        if LANES.index(lane) < LANES.index(self.identity.lane_max):
+            raise PermissionDenied(
+                "LANE_DENIED", f"the credential may use no lane above {self.identity.lane_max.value}"
+            )
+        return lane
 
 
 class Verifier(Protocol):
@@ -77,11 +89,23 @@ class Verifier(Protocol):
 class Anyone:
     """For a laptop: all callers are one tenant and may do everything."""
 
-    def __init__(self, tenant: str) -> None:
-        self._identity = Identity(tenant=tenant, scopes=EVERY_SCOPE)
+    def __init__(self) -> None:
+        self._identity = Identity(tenant="default", scopes=EVERY_SCOPE)
 
     async def identify(self, presented: Presented, now: float) -> Identity:
         return self._identity
+
+
+class Operator:
+    """Whoever started this router, by a key that was made for that run."""
+
+    def __init__(self, key_hash: str) -> None:
+        self._hash = key_hash
+        self._identity = Identity(tenant="", scopes=frozenset({Scope.ADMIN}), key_id="operator")
+
+    async def identify(self, presented: Presented, now: float) -> Identity | None:
+        found = hashlib.sha256(presented.token.encode()).hexdigest()
+        return self._identity if hmac.compare_digest(found, self._hash) else None
 
 
 class Authenticator:
@@ -98,8 +122,7 @@ class Authenticator:
     @classmethod
     def open(cls, book: TenantBook | None = None) -> Authenticator:
         """Asks nobody who they are."""
-        book = book or TenantBook.open()
-        return cls((Anyone(book.unknown.id if book.unknown else "default"),), book)
+        return cls((Anyone(),), book or TenantBook.open())
 
     async def caller(self, presented: Presented) -> Caller:
         """Who wants to generate. Raises Unauthenticated, PermissionDenied."""

@@ -8,7 +8,6 @@ has the set fetched again, but not more often than a floor allows, so made-up ke
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import time
@@ -18,16 +17,13 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import jwt
 
+from router.config import JwtRules
 from router.core.errors import Unauthenticated, Unavailable
 from router.core.request import Lane
 from router.edge.identity import Identity, Presented, Scope
-
-#: A public key verifies these.
-ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 
 _JWKS_BYTES_MAX = 1024 * 1024
 _FETCH_TIMEOUT_S = 5.0
@@ -35,68 +31,6 @@ _NAME_CHARS_MAX = 256
 _SCOPE_PREFIX = "tandem:"
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JwtRules:
-    """Which tokens are believed, and what their claims mean."""
-
-    issuer: str = ""
-    audience: str = ""
-    #: A file or an https URL.
-    jwks: str = ""
-    algorithms: tuple[str, ...] = ("RS256", "ES256", "EdDSA")
-    tenant_claim: str = "tenant"
-    #: Holds the highest lane the token may use; empty: every lane its tenant may.
-    lane_claim: str = ""
-    #: A list, or one text with spaces; `tandem:inference` and `tandem:admin` count. Empty: tokens are for inference.
-    scope_claim: str = ""
-    #: How far the issuer's clock may be off.
-    leeway_s: float = 30.0
-    #: How old the JWKS may become, and how soon after an attempt an unknown key may have it fetched again.
-    jwks_age_s_max: float = 300.0
-    jwks_fetch_interval_s_min: float = 10.0
-
-    def problems(self, prefix: str) -> list[str]:
-        found = [
-            f"{prefix}.{name}: must not be empty"
-            for name in ("issuer", "audience", "jwks", "tenant_claim")
-            if not getattr(self, name)
-        ]
-        found += [
-            f"{prefix}.algorithms: {name!r} is none of {', '.join(ALGORITHMS)}"
-            for name in self.algorithms
-            if name not in ALGORITHMS
-        ]
-        if not self.algorithms:
-            found.append(f"{prefix}.algorithms: is empty: no token could be verified")
-        if not 0 <= self.leeway_s <= 600:
-            found.append(f"{prefix}.leeway_s: must be from 0 to 600, is {self.leeway_s:g}")
-        if not 1 <= self.jwks_fetch_interval_s_min <= self.jwks_age_s_max:
-            found.append(
-                f"{prefix}.jwks_fetch_interval_s_min: must be at least 1 and at most jwks_age_s_max "
-                f"({self.jwks_age_s_max:g}), is {self.jwks_fetch_interval_s_min:g}"
-            )
-        if self.jwks and "://" in self.jwks:
-            if not _is_safe(self.jwks):
-                found.append(f"{prefix}.jwks: must be a file or an https URL, is {self.jwks}")
-        elif self.jwks and not Path(self.jwks).is_file():
-            found.append(f"{prefix}.jwks: {self.jwks} is not a file")
-        return found
-
-
-def _is_safe(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -7,6 +7,7 @@ import grpc
 from router.edge import wire
 from router.edge.errors import answer
 from router.edge.generate import Generator, Part, Wanted
+from router.edge.identity import Presented, presented
 
 SERVICE = "tandem.v1.Inference"
 
@@ -28,7 +29,7 @@ class NativeEdge:
     async def _list_models(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         async def models() -> bytes:
             wire.list_models_request(data)
-            return wire.models(self._generator.models()).SerializeToString()
+            return wire.models(await self._generator.models_for(_presented(context))).SerializeToString()
 
         return await answer(context, models)
 
@@ -47,6 +48,7 @@ class NativeEdge:
                 request_id=message.request_id,
                 lane=message.lane,
                 timeout_s=context.time_remaining(),
+                presented=_presented(context),
             )
             accepted = await self._generator.accept(wanted, arrival)
             request_id = accepted.request.request_id
@@ -65,3 +67,7 @@ class NativeEdge:
                 stream.close()
 
         await answer(context, generate)
+
+
+def _presented(context: grpc.aio.ServicerContext) -> Presented:
+    return presented(context.invocation_metadata(), context.auth_context())

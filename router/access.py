@@ -1,0 +1,101 @@
+"""Who may call this router, as its configuration says: the tenants' book, the credentials, and the watch over the
+files both come from."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from router.config import RouterConfig
+from router.core.tenant import Tenant, TenantBook
+from router.edge.identity import Anyone, Authenticator, Operator, Verifier
+from router.edge.jwt import JwtVerifier
+from router.edge.keys import KeyStore, KeyVerifier, read_pepper, read_store
+from router.tenants import FileWatch, read_book
+
+_log = logging.getLogger(__name__)
+
+
+class AccessRefused(Exception):
+    """A file that says who may call cannot be used."""
+
+
+@dataclass(slots=True)
+class Access:
+    authenticator: Authenticator
+    #: Cache salts are derived from it.
+    cache_secret: bytes
+    #: Called when the book changed.
+    on_book: Callable[[TenantBook], None]
+    _watches: tuple[FileWatch[TenantBook] | FileWatch[KeyStore], ...] = ()
+
+    @property
+    def book(self) -> TenantBook:
+        return self.authenticator.book
+
+    async def watch(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for watch in self._watches:
+                tasks.create_task(watch.run())
+
+
+def open_access(config: RouterConfig) -> Access:
+    """Reads the files. Raises AccessRefused."""
+    try:
+        return _open_access(config)
+    except (OSError, ValueError) as error:
+        raise AccessRefused(str(error)) from None
+
+
+def _open_access(config: RouterConfig) -> Access:
+    auth = config.auth
+    verifiers: list[Verifier] = [Operator(config.operator_key_hash)] if config.operator_key_hash else []
+    book = TenantBook.open()
+    access = Access(Authenticator(verifiers, book), secrets.token_bytes(32), lambda book: None)
+    watches: list[FileWatch[TenantBook] | FileWatch[KeyStore]] = []
+    if auth.mode != "none" and auth.keys_file:
+        pepper = read_pepper(auth.pepper_path)
+        # The same for every router of these keys, so that what is cached for one is cached for all.
+        access.cache_secret = hmac.digest(pepper, b"cache salts", "sha256")
+        keys = KeyVerifier(KeyStore(), pepper)
+        verifiers.append(keys)
+
+        def put_keys(store: KeyStore) -> None:
+            keys.store = store
+
+        key_watch = FileWatch(Path(auth.keys_file), read_store, put_keys)
+        put_keys(key_watch.load())
+        watches.append(key_watch)
+    if auth.mode == "jwt":
+        verifiers.append(JwtVerifier(auth.jwt))
+    if auth.mode == "none":
+        verifiers.append(Anyone())
+        _log.warning(
+            "UNAUTHENTICATED: whoever reaches %s may use this cluster, steer it and see all of its requests; "
+            "auth.mode = keys or jwt changes that",
+            config.host,
+        )
+    if config.tenants_file:
+        read = read_book if auth.mode != "none" else _read_open_book
+
+        def put_book(book: TenantBook) -> None:
+            access.authenticator.book = book
+            access.on_book(book)
+
+        book_watch = FileWatch(Path(config.tenants_file), read, put_book)
+        access.authenticator.book = book_watch.load()
+        watches.append(book_watch)
+    access._watches = tuple(watches)
+    return access
+
+
+def _read_open_book(path: Path) -> TenantBook:
+    """Where nobody is asked who they are, everybody is somebody."""
+    book = read_book(path)
+    return book if book.unknown or "default" in book.tenants else replace(book, unknown=Tenant(id="default"))
