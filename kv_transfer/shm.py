@@ -64,6 +64,8 @@ class _Exported(msgspec.Struct, frozen=True):
     nonce_address: int
     nonce: bytes
     regions: dict[str, _ExportedRegion]
+    #: What is not in host memory: "arena on cuda:0".
+    elsewhere: list[str]
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -87,22 +89,22 @@ class ShmTransport:
     def __init__(self) -> None:
         self._regions: Mapping[str, Region] = {}
         self._sizes: Mapping[str, int] = {}
+        self._elsewhere: list[str] = []
         self._nonce = ctypes.create_string_buffer(secrets.token_bytes(_NONCE_BYTES), _NONCE_BYTES)
         self._peers: dict[str, _Remote] = {}
 
     def register(self, regions: Mapping[str, Region]) -> None:
-        for region in regions.values():
-            if region.device != "cpu":
-                raise TransportError(f"shm reaches host memory only, {region.name!r} is on {region.device}")
-        self._regions = dict(regions)
-        self._sizes = {name: region.nbytes for name, region in regions.items()}
+        """Memory of devices is no error: such a node has other transports, and its pairs must fall through to them."""
+        self._regions = {name: region for name, region in regions.items() if region.device == "cpu"}
+        self._sizes = {name: region.nbytes for name, region in self._regions.items()}
+        self._elsewhere = [f"{region.name} on {region.device}" for region in regions.values() if region.device != "cpu"]
 
     def export(self) -> bytes:
         pid = os.getpid()
         regions = {name: _ExportedRegion(region.address, region.nbytes) for name, region in self._regions.items()}
         nonce = self._nonce.raw
         return msgspec.msgpack.encode(
-            _Exported(pid, _start_time(pid), ctypes.addressof(self._nonce), nonce, regions),
+            _Exported(pid, _start_time(pid), ctypes.addressof(self._nonce), nonce, regions, self._elsewhere),
         )
 
     def connect(self, peer: str, incarnation: str, exported: bytes) -> None:
@@ -111,6 +113,9 @@ class ShmTransport:
             theirs = msgspec.msgpack.decode(exported, type=_Exported)
         except msgspec.MsgspecError as error:
             raise TransportError(f"{peer} exports what is no process: {error}") from error
+        elsewhere = [f"{what} here" for what in self._elsewhere] + [f"{what} there" for what in theirs.elsewhere]
+        if elsewhere:
+            raise TransportError(f"shm reaches host memory only, not {', '.join(elsewhere)}")
         if len(theirs.nonce) != _NONCE_BYTES or not any(theirs.nonce):
             raise TransportError(f"{peer} exports no nonce")
         remote = _find_process(peer, theirs)

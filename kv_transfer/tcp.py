@@ -77,6 +77,8 @@ class _Exported(msgspec.Struct, frozen=True):
     tls: bool
     #: Sizes. A region's position here is its number in requests.
     regions: dict[str, int]
+    #: What is not in host memory: "arena on cuda:0".
+    elsewhere: list[str]
 
 
 class TcpTransport:
@@ -89,24 +91,27 @@ class TcpTransport:
         self._token = secrets.token_bytes(32)
         self._memory: Mapping[str, memoryview] = {}
         self._sizes: Mapping[str, int] = {}
+        self._elsewhere: list[str] = []
         self._server: _Server | None = None
         self._peers: dict[str, _Reader] = {}
 
     def register(self, regions: Mapping[str, Region]) -> None:
-        for region in regions.values():
-            if region.device != "cpu":
-                raise TransportError(f"tcp reaches host memory only, {region.name!r} is on {region.device}")
-        self._memory = {name: _view(region) for name, region in regions.items()}
-        self._sizes = {name: region.nbytes for name, region in regions.items()}
+        """Memory of devices is no error: such a node has other transports, and its pairs must fall through to them."""
+        host = {name: region for name, region in regions.items() if region.device == "cpu"}
+        self._memory = {name: _view(region) for name, region in host.items()}
+        self._sizes = {name: region.nbytes for name, region in host.items()}
+        self._elsewhere = [f"{region.name} on {region.device}" for region in regions.values() if region.device != "cpu"]
+        if self._elsewhere:
+            return
         try:
             self._server = _Server(self._host, self._token, self._memory, self._tls)
         except OSError as error:
             raise TransportError(f"tcp can't listen on {self._host}: {error}") from error
 
     def export(self) -> bytes:
-        assert self._server is not None, "registered first"
+        port = 0 if self._server is None else self._server.port
         return msgspec.msgpack.encode(
-            _Exported(self._host, self._server.port, self._token, self._tls is not None, dict(self._sizes))
+            _Exported(self._host, port, self._token, self._tls is not None, dict(self._sizes), self._elsewhere)
         )
 
     def connect(self, peer: str, incarnation: str, exported: bytes) -> None:
@@ -115,6 +120,9 @@ class TcpTransport:
             theirs = msgspec.msgpack.decode(exported, type=_Exported)
         except msgspec.MsgspecError as error:
             raise TransportError(f"{peer} exports what is no address: {error}") from error
+        elsewhere = [f"{what} here" for what in self._elsewhere] + [f"{what} there" for what in theirs.elsewhere]
+        if elsewhere:
+            raise TransportError(f"tcp reaches host memory only, not {', '.join(elsewhere)}")
         if theirs.tls != (self._tls is not None):
             raise TransportError(f"{peer} serves {'TLS only' if theirs.tls else 'no TLS, which is wanted here'}")
         reader = _Reader(peer, theirs, self._tls)

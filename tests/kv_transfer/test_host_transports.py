@@ -58,10 +58,17 @@ def both() -> Iterator[Both]:
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
-def test_memory_of_a_device_is_refused_by_name(name: str) -> None:
-    (transport,) = make_transports([name])
-    with pytest.raises(TransportError, match="'arena' is on cuda:0"):
-        transport.register({ARENA: Region(ARENA, 4096, 4096, "cuda:0")})
+def test_memory_of_a_device_is_refused_by_name_when_two_meet_so_that_they_can_try_what_comes_next(name: str) -> None:
+    (on_host,), (on_device,) = make_transports([name]), make_transports([name])
+    regions, _memory = memory_regions(1)
+    on_host.register(regions)
+    on_device.register(regions | {ARENA: Region(ARENA, 4096, 4096, "cuda:0")})
+    with pytest.raises(TransportError, match="host memory only, not arena on cuda:0 there"):
+        on_host.connect("p", "i1", on_device.export())
+    with pytest.raises(TransportError, match="host memory only, not arena on cuda:0 here"):
+        on_device.connect("p", "i1", on_host.export())
+    on_device.close()
+    on_host.close()
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
