@@ -1,7 +1,7 @@
 """`python -m router CONFIG.json` runs one router; `-` reads the configuration from standard input.
 
 People use `tandem up`, which builds the configuration. The first line on standard
-output is {"port": ..., "metrics_port": ...}, once the port is open."""
+output is {"port": ..., "metrics_port": ..., "http_port": ...}, once the ports are open."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def _say_where(bound: Bound) -> None:
-    ports = {"port": bound.port, "metrics_port": bound.metrics_port}
+    ports = {"port": bound.port, "metrics_port": bound.metrics_port, "http_port": bound.http_port}
     print(msgspec.json.encode(ports).decode(), flush=True)
 
 

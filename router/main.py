@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import grpc
@@ -29,12 +30,15 @@ from router.core.core import Core
 from router.core.snapshot import Snapshot
 from router.core.stats import Stats
 from router.edge import control, native
+from router.edge.chat import ChatTemplate
 from router.edge.control import ControlEdge
 from router.edge.generate import Generator
+from router.edge.http_server import HttpServer
 from router.edge.native import NativeEdge
+from router.edge.openai import OpenAIEdge
 from router.edge.text import ModelText
 from router.links import Links
-from router.metrics import RouterCollector, serve_metrics
+from router.metrics import RouterCollector, exposition, serve_metrics
 from router.shell import Shell
 
 LINK = "tandem.v1.WorkerLink"
@@ -59,6 +63,7 @@ class Bound:
 
     port: int
     metrics_port: int | None
+    http_port: int | None = None
 
 
 class PortTaken(Exception):
@@ -77,7 +82,9 @@ async def serve(
     """
     loop = asyncio.get_running_loop()
     began = time.monotonic()
-    texts = {config.model_name: ModelText(Path(config.model_dir))}
+    model_dir = Path(config.model_dir)
+    text = ModelText(model_dir)
+    texts = {config.model_name: text}
     access = open_access(config)
     core = Core(now=began, limits=config.limits, models=texts, book=access.book, cache_secret=access.cache_secret)
     shell = Shell(core, stream_tokens_max=config.requests.stream_tokens_max)
@@ -100,10 +107,21 @@ async def serve(
         (native.SERVICE, control.SERVICE, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
     )
     port = _bind(server, config)
-    metrics = None
+    collector = RouterCollector(lambda: _read_on(loop, shell))
+    metrics = http = None
     if config.metrics_port is not None:
-        collector = RouterCollector(lambda: _read_on(loop, shell))
         metrics, _ = serve_metrics(collector, config.host, config.metrics_port)
+    if config.http_port is not None:
+        app = OpenAIEdge(
+            generator,
+            access.authenticator,
+            {config.model_name: ChatTemplate(text, model_dir)},
+            requests=config.requests,
+            http=config.http,
+            version=version("tandem"),
+            metrics=exposition(collector),
+        )
+        http = await _listen(app, config, config.http_port)
 
     if asked_to_stop is None:
         asked_to_stop = asyncio.Event()
@@ -111,7 +129,7 @@ async def serve(
     shell.on_fault = asked_to_stop.set
     await server.start()
     try:
-        on_ready(Bound(port, metrics.server_port if metrics is not None else None))
+        on_ready(Bound(port, metrics.server_port if metrics else None, http.port if http else None))
         async with asyncio.TaskGroup() as tasks:
             reporter = tasks.create_task(_report_health(health, shell, core, config.model_name))
             watching = tasks.create_task(access.watch())
@@ -120,6 +138,8 @@ async def serve(
             reporter.cancel()
         await _stop(server, health, shell, links, core, config.shutdown_grace_s)
     finally:
+        if http is not None:
+            await http.close(_LAST_WORDS_S)
         shell.stop()
         generator.close()
         if metrics is not None:
@@ -132,6 +152,15 @@ def _bind(server: grpc.aio.Server, config: RouterConfig) -> int:
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise PortTaken(f"port: {address} can't be listened on; is another router up there? ({error})") from None
+
+
+async def _listen(app: OpenAIEdge, config: RouterConfig, port: int) -> HttpServer:
+    http = HttpServer(app, config.http)
+    try:
+        await http.listen(config.host, port)
+    except OSError as error:
+        raise PortTaken(f"http_port: {config.host}:{port} can't be listened on: {error}") from None
+    return http
 
 
 def _read_on(loop: asyncio.AbstractEventLoop, shell: Shell) -> tuple[Stats, Snapshot]:

@@ -10,7 +10,7 @@ from itertools import accumulate
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -106,3 +106,10 @@ def serve_metrics(collector: Collector, host: str, port: int) -> tuple[WSGIServe
     registry = CollectorRegistry(auto_describe=False)
     registry.register(collector)
     return start_http_server(port, addr=host, registry=registry)
+
+
+def exposition(collector: Collector) -> Callable[[], bytes]:
+    """The page, for others to serve."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(collector)
+    return lambda: generate_latest(registry)

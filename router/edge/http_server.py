@@ -1,0 +1,276 @@
+"""HTTP, as thin as it goes: uvicorn's connections with limits on what a client may take, and one request's exchange.
+
+Neither uvicorn's server (its signal handlers, its polling) nor a web framework stands between a token and the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from email.utils import formatdate
+from uuid import uuid4
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from router.config import HttpLimits
+from router.core.errors import Invalid, TandemError
+from router.edge.errors import BodyTooLarge, BodyTooSlow, http_status, openai_error
+
+#: Of a body past the limit so much is read, and thrown away, before its sender is told: clients that still write
+#: rarely read, and see a broken connection.
+_DISCARD_TIMES = 4
+_REQUEST_ID_CHARS_MAX = 128
+
+_EVENT_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+_DONE = b"data: [DONE]\n\n"
+
+# uvicorn warns of every malformed request, which would let a client write our log.
+logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
+
+class ClientGone(Exception):
+    """Nobody is there to be told anything."""
+
+
+class Exchange:
+    """One request and its response: either `reply`, or any number of `event`s and `done`, or `fail`."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        self._header = dict(self.headers)
+        self._receive = receive
+        self._send = send
+        self._starting = asyncio.Lock()
+        self._started = False
+        said = self.header("x-request-id")
+        own = uuid4().hex
+        #: For ids of what is made here.
+        self.own_id = own
+        #: The client's, or ours where it sent none that a header and a log line can carry.
+        self.request_id = said if 0 < len(said) <= _REQUEST_ID_CHARS_MAX and _is_visible(said) else own
+
+    def header(self, name: str) -> str:
+        return self._header.get(name, "")
+
+    async def body(self, bytes_max: int, timeout_s: float) -> bytes:
+        """Raises BodyTooLarge, BodyTooSlow, ClientGone. Holds no more than `bytes_max`."""
+        declared = self.header("content-length")
+        too_large = declared.isdecimal() and int(declared) > bytes_max
+        if too_large and self.header("expect"):
+            raise _too_large(bytes_max)  # it has not begun to send
+        parts: list[bytes] = []
+        size, more = 0, True
+        try:
+            async with asyncio.timeout(timeout_s):
+                while more and size <= _DISCARD_TIMES * bytes_max:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    size += len(message["body"])
+                    more = message["more_body"]
+                    too_large = too_large or size > bytes_max
+                    if too_large:
+                        parts.clear()
+                    else:
+                        parts.append(message["body"])
+        except TimeoutError:
+            raise BodyTooSlow(f"the request's body did not come within {timeout_s:g} s") from None
+        if too_large:
+            raise _too_large(bytes_max)
+        return b"".join(parts)
+
+    async def gone(self) -> None:
+        """Returns when the client has left. Call when the body is read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def reply(
+        self, body: bytes, *, status: int = 200, kind: bytes = b"application/json", headers: Headers = ()
+    ) -> None:
+        self._started = True
+        own = ((b"content-type", kind), (b"content-length", str(len(body)).encode()))
+        await self._begin(status, (*own, *headers))
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def event(self, data: bytes) -> None:
+        """Whole server-sent events. The first of them begins the response, so that what fails earlier has a status.
+        Waits while the client does not read."""
+        if not self._started:
+            async with self._starting:
+                if not self._started:
+                    await self._begin(200, _EVENT_STREAM)
+                    self._started = True
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def done(self) -> None:
+        await self.event(_DONE)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def fail(self, error: TandemError) -> None:
+        if self._started:
+            await self.event(b"data: " + openai_error(error) + b"\n\n")
+            await self.done()
+            return
+        said = http_status(error)
+        # What is left of its body is not worth reading.
+        close = ((b"connection", b"close"),) if isinstance(error, BodyTooLarge | BodyTooSlow) else ()
+        await self.reply(said.body, status=said.status, headers=(*said.headers, *close))
+
+    async def _begin(self, status: int, headers: Headers) -> None:
+        own = ((b"date", formatdate(usegmt=True).encode()), (b"x-request-id", self.request_id.encode()))
+        start: Message = {"type": "http.response.start", "status": status, "headers": [*headers, *own]}
+        await self._send(start)
+
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+def _is_visible(text: str) -> bool:
+    return text.isascii() and text.isprintable()
+
+
+def _too_large(bytes_max: int) -> BodyTooLarge:
+    return BodyTooLarge("body", f"is more than the {bytes_max} bytes allowed", limit=str(bytes_max))
+
+
+class HttpServer:
+    """Listens from `listen` to `close`, in the running loop. Leaves signals and logging alone."""
+
+    def __init__(self, app: ASGIApp, limits: HttpLimits) -> None:
+        self._limits = limits
+        self._config = Config(
+            app,
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            timeout_keep_alive=75,  # longer than proxies keep theirs: else they send into one that is being closed
+        )
+        self._config.load()
+        self._state = ServerState()
+        self._server: asyncio.Server | None = None
+        self.port = 0
+
+    async def listen(self, host: str, port: int) -> None:
+        """Raises OSError."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=self._config.backlog)
+        self.port = listener.getsockname()[1]
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._connection, sock=listener, backlog=self._config.backlog)
+
+    def _connection(self) -> _Connection:
+        return _Connection(self._config, self._state, self._limits)
+
+    async def close(self, last_words_s: float) -> None:
+        """Takes nothing new; what is being answered has that long to be said."""
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        if self._state.tasks:
+            await asyncio.wait(self._state.tasks, timeout=last_words_s)
+        for connection in list(self._state.connections):
+            with suppress(RuntimeError):  # of a transport that is closing
+                connection.transport.abort()
+        if self._state.tasks:
+            await asyncio.wait(self._state.tasks, timeout=last_words_s)
+        self._server = None
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's, with an end to its patience."""
+
+    def __init__(self, config: Config, state: ServerState, limits: HttpLimits) -> None:
+        super().__init__(config, state, {})
+        self._limits = limits
+        #: Runs while a head is awaited: at the beginning, and from the first byte of each later request.
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= self._limits.connections_max:
+            self.transport = transport
+            transport.abort()
+            return
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_is_here()
+        self.resume_writing_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > self._limits.head_bytes_max:
+                self._refuse(431, "the head of the request is too large", "HEAD_TOO_LARGE")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._head_timer is None:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._head_is_here()
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self._limits.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self.resume_writing_timer()
+        super().resume_writing()
+
+    def resume_writing_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is not HTTP/1.1", "NOT_HTTP")
+
+    def _await_head(self) -> None:
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(
+            self._limits.read_timeout_s, self._refuse, 408, "the head of the request did not come", "HEAD_TOO_SLOW"
+        )
+
+    def _head_is_here(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse(self, status: int, why: str, reason: str) -> None:
+        """Without a request there is nobody for the app to answer."""
+        self._head_is_here()
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:  # else it would land in the middle of an answer
+            error = Invalid("", why)
+            error.reason = reason
+            body = openai_error(error)
+            self.transport.write(
+                b"HTTP/1.1 %d \r\ncontent-type: application/json\r\nx-request-id: %s\r\ncontent-length: %d\r\n"
+                b"connection: close\r\n\r\n%s" % (status, uuid4().hex.encode(), len(body), body)
+            )
+        self.transport.close()
