@@ -58,7 +58,7 @@ from router.core.salt import cache_salt
 from router.core.state import Leg, OpenRequest, Pool, State
 from router.core.stats import Stats
 from router.core.story import Story
-from router.core.tenant import Selector, Tenant, TenantBook
+from router.core.tenant import SELECTORS_MAX, Selector, Tenant, TenantBook
 from router.core.timers import Kind, Timer, Timers
 from router.core.usage import UsageFacts
 from router.core.worker import Role, WorkerFacts, misfit
@@ -429,6 +429,7 @@ class Core:
         worker = self._heard(now, event.worker_id)
         if worker is not None and event.lane.peer in self.state.workers:
             worker.lanes[event.lane.peer] = event.lane
+            self.state.touch(worker)
             self._mark(worker.facts.model.name)
 
     def _offered(self, now: float, event: ev.Offered) -> None:
@@ -624,6 +625,10 @@ class Core:
             if opened.request.deadline <= now:
                 self._expire(now, opened)
                 continue
+            among = (pool.roster.version, queue.parked)
+            if pool.stuck.get(request_id) == among and not queue.is_guaranteed:
+                queue.park()  # nothing changed for it since it was looked at last
+                continue
             what = ask(now, pool, opened, _selector(opened), self.limits, self._step)
             placement = place(what)
             if isinstance(placement, Pair):
@@ -633,6 +638,9 @@ class Core:
             elif pool.roster.has_path(now, what.selector) and not fits_somewhere(what):
                 self._refuse(now, opened, self._too_large(opened))
             elif not self._make_way(now, what):
+                if len(pool.stuck) > SELECTORS_MAX:
+                    pool.stuck.clear()
+                pool.stuck[request_id] = among
                 queue.park()
 
     def _make_way(self, now: float, what: Ask) -> bool:

@@ -31,7 +31,7 @@ from router.core.tenant import Selector
 from router.core.worker import Role
 
 #: How many of the best ranked are looked at where the best may not do.
-_LOOK = 8
+_LOOK = 4
 
 
 class Why(Enum):
@@ -78,10 +78,11 @@ class Ask:
     groups: tuple[Group, ...]
     #: Workers that probably hold the prompt's beginning, with how many tokens of it.
     holders: Mapping[str, int]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.opened.request.prompt) + len(self.opened.generated)
+    #: Prompt tokens, with those that were generated before.
+    tokens: int
+    #: KV blocks for its prefill leg and for its decode leg; a pool's workers have blocks of one size.
+    prompt_blocks: int
+    slot_blocks: int
 
     def uncached(self, worker: Worker) -> int:
         # The last token is always computed: it gives the first one of the answer.
@@ -96,6 +97,7 @@ class Ask:
 def ask(now: float, pool: Pool, opened: OpenRequest, selector: Selector, limits: CoreLimits, step: StepModel) -> Ask:
     if opened.prefix is None:
         opened.prefix = pool.prefixes.prefix(opened.salt, opened.request.prompt)
+    any_worker = next(iter(pool.workers.values()), None)
     return Ask(
         now,
         pool,
@@ -105,6 +107,9 @@ def ask(now: float, pool: Pool, opened: OpenRequest, selector: Selector, limits:
         step,
         groups=pool.roster.groups(now, selector, pool.queue.parked),
         holders=pool.prefixes.holders(opened.prefix),
+        tokens=len(opened.request.prompt) + len(opened.generated),
+        prompt_blocks=0 if any_worker is None else prompt_blocks(any_worker, opened),
+        slot_blocks=0 if any_worker is None else slot_blocks(any_worker, opened, limits),
     )
 
 
@@ -160,7 +165,8 @@ def _decoders(what: Ask) -> list[Worker]:
         worker = what.pool.workers[opened.slot_at]
         return [worker] if _serves(worker, what.now) else []
     able = [worker for group in what.groups for worker in islice(group.decode, _LOOK) if _can_take_slot(what, worker)]
-    able.sort(key=lambda worker: (-worker.kv_room, worker.chosen))
+    if len(what.groups) > 1:
+        able.sort(key=lambda worker: (-worker.kv_room, worker.chosen))
     return able[:_LOOK]
 
 
@@ -169,9 +175,7 @@ def _serves(worker: Worker, now: float) -> bool:
 
 
 def _can_take_slot(what: Ask, worker: Worker) -> bool:
-    return len(worker.slots) < worker.facts.capacity.decode_legs and (
-        slot_blocks(worker, what.opened, what.limits) <= worker.kv_room
-    )
+    return what.slot_blocks <= worker.kv_room and len(worker.slots) < worker.facts.capacity.decode_legs
 
 
 def _where_it_is_decoded(what: Ask, decoders: list[Worker]) -> Whole | None:
@@ -252,9 +256,7 @@ def _move_s(what: Ask, owner: Worker, reader: Worker) -> float:
 
 
 def _can_prefill(what: Ask, worker: Worker) -> bool:
-    return len(worker.prefilling) < worker.facts.capacity.prefill_legs and (
-        prompt_blocks(worker, what.opened) <= worker.kv_room
-    )
+    return what.prompt_blocks <= worker.kv_room and len(worker.prefilling) < worker.facts.capacity.prefill_legs
 
 
 def _may_meet(reader: Worker, owner: Worker) -> bool:
@@ -267,7 +269,7 @@ def _prefill_may_come(what: Ask, decoders: list[Worker]) -> bool:
     """True when waiting is worth it: a prefill worker is merely busy or resting, and can be read from."""
     for group in what.pool.roster.groups(what.now, what.selector):
         for worker in group.prefillers:
-            if prompt_blocks(worker, what.opened) > worker.facts.capacity.kv_blocks:
+            if what.prompt_blocks > worker.facts.capacity.kv_blocks:
                 break  # the largest come first
             if not decoders or any(_may_meet(decoder, worker) for decoder in decoders):
                 return True
@@ -312,7 +314,7 @@ def giving_way(what: Ask, running: Mapping[str, OpenRequest]) -> list[OpenReques
     if what.opened.slot_at is not None and lacks_slot:
         return []
     found: dict[str, list[OpenRequest]] = {}
-    for request_id in islice(reversed(what.pool.may_yield), 4 * _LOOK):
+    for request_id in islice(reversed(what.pool.may_yield), 8 * _LOOK):
         victim = running[request_id]
         worker_id = victim.slot_at if lacks_slot else victim.prefilling_at
         worker = what.pool.workers.get(worker_id or "")
@@ -331,17 +333,15 @@ def _is_open(what: Ask, worker: Worker) -> bool:
 
 def _room_without(what: Ask, worker: Worker, victims: list[OpenRequest], *, decode: bool) -> bool:
     ids = [victim.request_id for victim in victims]
-    capacity, opened = worker.facts.capacity, what.opened
+    capacity = worker.facts.capacity
     room = worker.kv_room + sum(worker.slots.get(one) + worker.pinned.get(one) for one in ids)
     slots = len(worker.slots) - sum(1 for one in ids if one in worker.slots)
     computing = len(worker.prefilling) - sum(1 for one in ids if one in worker.prefilling)
     if not decode:
-        return (
-            worker.role is Role.PREFILL and computing < capacity.prefill_legs and prompt_blocks(worker, opened) <= room
-        )
+        return worker.role is Role.PREFILL and computing < capacity.prefill_legs and what.prompt_blocks <= room
     return (
         worker.role is not Role.PREFILL
         and slots < capacity.decode_legs
         and (worker.role is Role.DECODE or computing < capacity.prefill_legs)
-        and slot_blocks(worker, opened, what.limits) <= room
+        and what.slot_blocks <= room
     )

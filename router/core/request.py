@@ -10,6 +10,9 @@ from typing import NamedTuple
 class Lane(Enum):
     """A priority class. Serving order between lanes belongs to the dispatch queue."""
 
+    # An Enum's own hash is of the name and in Python; lanes are looked up many times per decision.
+    __hash__ = object.__hash__
+
     REALTIME = "realtime"
     STANDARD = "standard"
     BATCH = "batch"

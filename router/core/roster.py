@@ -110,12 +110,16 @@ class Roster:
         #: Workers that changed since they were ranked.
         self._changed: dict[str, Worker] = {}
         self._open_to: dict[tuple[Selector, frozenset[Selector]], tuple[Group, ...]] = {}
+        #: Changes so far.
+        self.version = 0
 
     def touch(self, worker: Worker) -> None:
         """Something about it changed. Ranked again before the next choice, once for any number of changes."""
         self._changed[worker.worker_id] = worker
+        self.version += 1
 
     def forget(self, worker: Worker) -> None:
+        self.version += 1
         self._changed.pop(worker.worker_id, None)
         group = self._group_of.pop(worker.worker_id, None)
         if group is not None:
@@ -127,6 +131,7 @@ class Roster:
         self._relevant = frozenset(name for selector in selectors for name, _ in selector) | dedicated
         self._dedicated = dedicated
         self._groups, self._group_of, self._open_to = {}, {}, {}
+        self.version += 1
         for worker in workers:
             self.touch(worker)
 

@@ -140,6 +140,8 @@ class Pool:
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     #: By selector, since when no worker open to it could serve anything. Selectors that are served are not here.
     pathless_since: dict[Selector, float] = field(default_factory=dict)
+    #: Heads that could not be placed, each with what it was among: the roster's version and what was parked.
+    stuck: dict[str, tuple[int, frozenset[Selector]]] = field(default_factory=dict)
     #: Dispatched requests that may be made to wait for others, latest begun last.
     may_yield: dict[str, None] = field(default_factory=dict)
 
@@ -276,6 +278,7 @@ class State:
             output = len(opened.generated) + opened.replayed_tokens
             cost = pool.queue.settle(now, opened.request_id, opened.charged_prompt_tokens, output)
         pool.may_yield.pop(opened.request_id, None)
+        pool.stuck.pop(opened.request_id, None)
         self.move(opened, trigger)
         self.note(now, opened, opened.state.value if error is None else f"{opened.state.value}: {error}")
         del self.requests[opened.request_id]
