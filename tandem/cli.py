@@ -70,6 +70,9 @@ ModelOption = Annotated[
 PrefillOption = Annotated[int | None, typer.Option(help="Prefill workers.")]
 DecodeOption = Annotated[int | None, typer.Option(help="Decode workers.")]
 PortOption = Annotated[int | None, typer.Option(help="Where clients connect; 0 takes any free port.")]
+HttpPortOption = Annotated[
+    int | None, typer.Option(help="Where OpenAI's API is served; none by default, 0 takes any free port.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration file.")
 ]
@@ -89,6 +92,7 @@ def up(
     decode: DecodeOption = None,
     model: ModelOption = None,
     port: PortOption = None,
+    http_port: HttpPortOption = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Asked when all are ready; may be repeated.")] = None,
     no_prompt: Annotated[bool, typer.Option("--no-prompt", help="Ask nothing.")] = False,
     config: ConfigOption = None,
@@ -104,7 +108,7 @@ def up(
     from tandem.up import up as run
 
     with _errors_in_one_line():
-        loaded = launch.load(config, os.environ, _flags(engine, prefill, decode, model, port), set_ or ())
+        loaded = launch.load(config, os.environ, _flags(engine, prefill, decode, model, port, http_port), set_ or ())
         prompts = () if no_prompt else tuple(prompt or (launch.PROMPT,))
         with launch.plan(loaded, _state_dir(state_dir), prompts) as plan:
             raise typer.Exit(asyncio.run(run(plan, Console(highlight=False))))
@@ -117,6 +121,7 @@ def show_config(
     decode: DecodeOption = None,
     model: ModelOption = None,
     port: PortOption = None,
+    http_port: HttpPortOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -124,12 +129,17 @@ def show_config(
     from tandem import launch
 
     with _errors_in_one_line():
-        loaded = launch.load(config, os.environ, _flags(engine, prefill, decode, model, port), set_ or ())
+        loaded = launch.load(config, os.environ, _flags(engine, prefill, decode, model, port, http_port), set_ or ())
         print(loaded.as_toml(), end="")
 
 
 def _flags(
-    engine: str | None, prefill: int | None, decode: int | None, model: str | None, port: int | None
+    engine: str | None,
+    prefill: int | None,
+    decode: int | None,
+    model: str | None,
+    port: int | None,
+    http_port: int | None,
 ) -> dict[str, tuple[str, object]]:
     """Key -> flag and value, for the flags given."""
     flags: dict[str, tuple[str, object]] = {
@@ -138,6 +148,7 @@ def _flags(
         "cluster.decode_workers": ("--decode", decode),
         "cluster.model": ("--model", model),
         "router.port": ("--port", port),
+        "router.http_port": ("--http-port", http_port),
     }
     return {key: given for key, given in flags.items() if given[1] is not None}
 

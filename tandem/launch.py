@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import secrets
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 
 from router.config import RouterConfig
 from router.config import to_json as router_to_json
+from router.config import with_absolute_paths
 from tandem import rundir, show
 from tandem.client import Client
 from tandem.config import ClusterConfig, Config
 from tandem.config import load as load_config
-from tandem.errors import TandemError
+from tandem.errors import PermissionDenied, TandemError, Unauthenticated
 from tandem.local import ROUTER, PortRefused, choose_port
 from tandem.supervisor import ChildSpec
 from tandem.up import Plan
@@ -49,9 +51,14 @@ def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Pl
     if (there := rundir.running(state_dir)) is not None:
         raise rundir.AlreadyUp(state_dir, there)
     router = dataclasses.replace(config.router, port=_choose_port(config.router))
+    router = dataclasses.replace(router, http_port=_choose_http_port(router))
     address = f"{_reachable(router.host)}:{router.port}"
     with rundir.new_run(state_dir, address, datetime.now()) as run_dir:
         secret = cluster.secret_file.read_bytes().strip() if cluster.secret_file else secrets.token_bytes(32)
+        operator_key = rundir.make_operator_key(run_dir)
+        router = dataclasses.replace(
+            with_absolute_paths(router), operator_key_hash=hashlib.sha256(operator_key.encode()).hexdigest()
+        )
         specs = [_router_spec(router, run_dir)]
         for role, count in ((Role.PREFILL, cluster.prefill_workers), (Role.DECODE, cluster.decode_workers)):
             for number in range(count):
@@ -62,6 +69,7 @@ def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Pl
             specs=specs,
             policy=config.supervisor,
             address=address,
+            http_address=None if router.http_port is None else f"{_reachable(router.host)}:{router.http_port}",
             run_dir=run_dir,
             prompts=prompts,
             engine=cluster.engine_kind,
@@ -78,10 +86,22 @@ def _choose_port(router: RouterConfig) -> int:
         raise PortRefused(f"{error}{who}; another can be named with --port, 0 takes any free one") from None
 
 
+def _choose_http_port(router: RouterConfig) -> int | None:
+    if router.http_port is None:
+        return None
+    try:
+        port = choose_port(router.host, router.http_port)
+        return port if port != router.port else choose_port(router.host, router.http_port)
+    except PortRefused as error:
+        raise PortRefused(f"{error}; another can be named with --http-port, 0 takes any free one") from None
+
+
 def _is_router(router: RouterConfig) -> bool:
     with Client(f"{_reachable(router.host)}:{router.port}") as client:
         try:
             client.status(timeout_s=1.0)
+        except (Unauthenticated, PermissionDenied):
+            return True
         except TandemError:
             return False
     return True

@@ -46,6 +46,8 @@ class Plan:
     policy: RestartPolicy
     #: host:port for clients on this machine.
     address: str
+    #: The same over HTTP, if that is served.
+    http_address: str | None = None
     run_dir: Path
     #: What to ask when ready.
     prompts: Sequence[str]
@@ -59,7 +61,7 @@ class Plan:
 async def up(plan: Plan, console: Console) -> int:
     """Runs the cluster until it is stopped or cannot go on; the exit code."""
     screen = _Screen(console)
-    cluster = LocalCluster(plan.specs, plan.policy, plan.address, screen.on_event)
+    cluster = LocalCluster(plan.specs, plan.policy, plan.address, screen.on_event, plan.operator_key)
     screen.members = cluster.members
     screen.last_line = cluster.last_line
     screen.logs = {spec.name: spec.log for spec in plan.specs}
@@ -95,6 +97,8 @@ async def _serve(plan: Plan, console: Console) -> None:
         console.print("The simulated engine makes tokens up; --engine vllm computes them.\n", style="dim")
     flag = f" {plan.state_flag}" if plan.state_flag else ""
     console.print(f"[bold]serving on {escape(plan.address)}[/]  ·  Ctrl-C stops everything")
+    if plan.http_address is not None:
+        console.print(f"OpenAI's API on http://{escape(plan.http_address)}/v1")
     console.print("From another terminal:", style="dim")
     for command in (f'tandem generate{flag} "import os"', f"tandem status{flag}", f"tandem status{flag} --watch"):
         console.print(f"  {command}", style="cyan", markup=False, highlight=False, soft_wrap=True)
