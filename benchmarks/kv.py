@@ -58,7 +58,8 @@ class Case:
     size: int
 
     def __str__(self) -> str:
-        unit = f"{self.size // MiB} MiB" if self.size >= MiB else f"{self.size // 1024} KiB"
+        scales = ((MiB, "MiB"), (1024, "KiB"), (1, "B"))
+        unit = next(f"{self.size // scale} {name}" for scale, name in scales if self.size >= scale)
         return unit if self.count == 1 else f"{self.count} x {unit}"
 
     @property
@@ -77,7 +78,8 @@ class Case:
         return Segments(ARENA, STAGING, self.offsets(1), self.offsets(2), np.full(self.count, self.size, np.uint64))
 
 
-CASES = (Case(1, MiB), Case(1, 16 * MiB), Case(1, 64 * MiB), Case(1024, 16 * 1024))
+#: The last one is about what a lease word takes.
+CASES = (Case(1, MiB), Case(1, 16 * MiB), Case(1, 64 * MiB), Case(1024, 16 * 1024), Case(1, 8))
 LARGE = CASES[2]
 
 _Read = Callable[[], None]
