@@ -4,11 +4,12 @@ The file is what `worker.config.to_json` writes. `tandem up` makes one for each 
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
 from worker.config import from_json
-from worker.main import run
+from worker.main import end_hard, run
 from worker.process import ExitCode
 
 
@@ -22,7 +23,10 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"configuration: {error}", file=sys.stderr)
         return ExitCode.BAD_CONFIG
-    return run(config)
+    code = run(config)
+    # All is closed. What the interpreter would still tear down is an engine's libraries, and those take seconds.
+    logging.shutdown()
+    end_hard(code)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class CoreLimits:
     #: Times that a request of the batch lane may be made to wait for guaranteed realtime work.
     preemptions_max: int = 2
     #: A pool that nobody can serve keeps its queue this long; then it fails what waits and refuses what comes.
-    path_wait_s: float = 30.0
+    path_wait_s: float = 60.0
     #: What a refused client is told to wait.
     retry_after_s: float = 1.0
     #: A worker that refused or failed a leg gets none for a while: doubling from the first to the second.
