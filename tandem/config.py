@@ -36,10 +36,11 @@ SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tandem-nano"
 CONFIG_FILE_VARIABLE = "TANDEM_CONFIG"
 ADDRESS_VARIABLE = "TANDEM_ADDRESS"
 STATE_DIR_VARIABLE = "TANDEM_STATE_DIR"
-OTHER_VARIABLES = (CONFIG_FILE_VARIABLE, ADDRESS_VARIABLE, STATE_DIR_VARIABLE)
+API_KEY_VARIABLE = "TANDEM_API_KEY"
+OTHER_VARIABLES = (CONFIG_FILE_VARIABLE, ADDRESS_VARIABLE, STATE_DIR_VARIABLE, API_KEY_VARIABLE)
 
 #: What is decided for each process, rather than by the user for all of them.
-_ROUTER_FIXED = ("model_dir", "model_name")
+_ROUTER_FIXED = ("model_dir", "model_name", "operator_key_hash")
 _WORKER_FIXED = ("role", "routers", "engine", "engine_options")
 _ENGINE_FIXED = ("name", "model", "served_model_name", "cluster_secret")
 
@@ -168,6 +169,16 @@ def load(
 ) -> Config:
     """`flags` maps keys to the flag that sets them and its value; `assignments` are `KEY=VALUE`. Raises ConfigError
     with everything that is wrong."""
+    return _checked(given_values(file, environ, flags, assignments))
+
+
+def given_values(
+    file: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, tuple[str, object]] = MappingProxyType({}),
+    assignments: Collection[str] = (),
+) -> dict[str, Given]:
+    """As `load`, but says no more than what is set and where: files that it names need not be there yet."""
     given = dict(_LOCAL_DEFAULTS)
     problems: list[str] = []
     for values, wrong in (
@@ -180,7 +191,7 @@ def load(
         problems += wrong
     if problems:
         raise ConfigError(problems)
-    return _checked(given)
+    return given
 
 
 def _checked(given: Mapping[str, Given]) -> Config:
@@ -253,7 +264,7 @@ def _relations(
 
 
 def _router(given: Mapping[str, Given], cluster: ClusterConfig) -> RouterConfig:
-    fixed = {"model_dir": str(cluster.model.resolve()), "model_name": cluster.model_name}
+    fixed = {"model_dir": str(cluster.model.resolve()), "model_name": cluster.model_name, "operator_key_hash": ""}
     return settings.build(RouterConfig, "router", given, fixed)
 
 

@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from router.config import RouterConfig
+from router.config import RouterConfig, with_absolute_paths
 from router.config import to_json as router_to_json
-from router.config import with_absolute_paths
 from tandem import rundir, show
 from tandem.client import Client
-from tandem.config import ClusterConfig, Config
+from tandem.config import ClusterConfig, Config, given_values
 from tandem.config import load as load_config
 from tandem.errors import PermissionDenied, TandemError, Unauthenticated
 from tandem.local import ROUTER, PortRefused, choose_port
+from tandem.settings import Given
 from tandem.supervisor import ChildSpec
 from tandem.up import Plan
 from worker.config import Role, WorkerConfig
@@ -41,7 +41,16 @@ def load(
     assignments: Collection[str] = (),
 ) -> Config:
     """As `tandem.config.load`, with the file in the current folder, if there is one and no other is named."""
-    return load_config(file or (_CONFIG_HERE if _CONFIG_HERE.exists() else None), environ, flags, assignments)
+    return load_config(_file(file), environ, flags, assignments)
+
+
+def given(file: Path | None, environ: Mapping[str, str]) -> Mapping[str, Given]:
+    """What is set, from the same places, without a check of the whole."""
+    return given_values(_file(file), environ)
+
+
+def _file(named: Path | None) -> Path | None:
+    return named or (_CONFIG_HERE if _CONFIG_HERE.exists() else None)
 
 
 @contextmanager
@@ -69,6 +78,7 @@ def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Pl
             specs=specs,
             policy=config.supervisor,
             address=address,
+            operator_key=operator_key,
             http_address=None if router.http_port is None else f"{_reachable(router.host)}:{router.http_port}",
             run_dir=run_dir,
             prompts=prompts,

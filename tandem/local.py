@@ -83,8 +83,10 @@ class LocalCluster:
         policy: RestartPolicy,
         address: str,
         on_event: Callable[[Event | Ready], None],
+        operator_key: str | None = None,
     ) -> None:
         self.address = address
+        self._operator_key = operator_key
         self.members = {spec.name: Member(spec.name) for spec in specs}
         self._on_event = on_event
         self._supervisor = Supervisor(specs, policy, self._on_supervisor_event)
@@ -131,7 +133,7 @@ class LocalCluster:
         self._see_whether_settled()
 
     async def _ask(self) -> None:
-        async with AsyncClient(self.address) as client:
+        async with AsyncClient(self.address, api_key=self._operator_key) as client:
             while not self.is_stopping():
                 try:
                     status = await client.status(timeout_s=2.0)

@@ -4,7 +4,8 @@
     <state>/run-.../     one run: the processes' logs and configuration. The last few are kept
     <state>/latest       a link to the newest
 
-Everything is readable by the user alone: the configuration holds the cluster's secret.
+Everything is readable by the user alone: the configuration holds the cluster's secret, and `operator-key` lets its
+reader do what operators may.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 _RUNS_KEPT = 10
+_OPERATOR_KEY = "operator-key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,21 @@ def running(state: Path) -> Running | None:
         return _read(lock.name)
     except OSError:
         return None
+
+
+def make_operator_key(run_dir: Path) -> str:
+    """Of whoever may read the run's files: with it, operators' commands need no key of their own."""
+    key = secrets.token_urlsafe(32)
+    write_private(run_dir / _OPERATOR_KEY, key.encode())
+    return key
+
+
+def operator_key(there: Running) -> str:
+    """Empty when it can't be read."""
+    try:
+        return (Path(there.run_dir) / _OPERATOR_KEY).read_text()
+    except OSError:
+        return ""
 
 
 def write_private(path: Path, content: bytes) -> None:

@@ -48,6 +48,8 @@ class Plan:
     address: str
     #: The same over HTTP, if that is served.
     http_address: str | None = None
+    #: For operators' calls to this cluster.
+    operator_key: str
     run_dir: Path
     #: What to ask when ready.
     prompts: Sequence[str]

@@ -110,7 +110,7 @@ def _public_keys(text: bytes) -> dict[str, Mapping[str, Any]]:
     keys = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(keys, list):
         raise ValueError("is no JWKS: it has no list of keys")
-    found = {
+    found: dict[str, Mapping[str, Any]] = {
         str(key.get("kid", "")): key
         for key in keys
         if isinstance(key, dict) and key.get("kty") in ("RSA", "EC", "OKP") and key.get("use", "sig") == "sig"

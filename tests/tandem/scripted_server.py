@@ -89,9 +89,9 @@ class _Service(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlSer
 
 
 @contextmanager
-def serving(script: Script) -> Iterator[Script]:
+def serving(script: Script, *, interceptors: tuple[grpc.ServerInterceptor, ...] = ()) -> Iterator[Script]:
     with ThreadPoolExecutor(8) as pool:
-        server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
+        server = grpc.server(pool, interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
         service = _Service(script)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
         control_pb2_grpc.add_ControlServicer_to_server(service, server)

@@ -43,12 +43,12 @@ def test_defaults_are_valid_and_name_the_shipped_model() -> None:
 
 
 def test_file_environment_and_flags_win_in_this_order(tmp_path: Path) -> None:
-    text = "[router]\nport = 1\nrouter_id = 'file'\nhost = 'file'\n[engine]\nseed = 1"
+    text = "[router]\nport = 1\nrouter_id = 'file'\nhost = '127.0.0.3'\n[engine]\nseed = 1"
     flags: dict[str, tuple[str, object]] = {"router.port": ("--port", 3)}
     environ = {"TANDEM_ROUTER_PORT": "2", "TANDEM_ROUTER_ROUTER_ID": "env"}
     loaded = config.load(_write(tmp_path, text), environ, flags, ["engine.seed=4"])
 
-    assert (loaded.router.port, loaded.router.router_id, loaded.router.host) == (3, "env", "file")
+    assert (loaded.router.port, loaded.router.router_id, loaded.router.host) == (3, "env", "127.0.0.3")
     assert loaded.given["router.port"].origin == "--port"
     assert loaded.given["router.router_id"].origin == "TANDEM_ROUTER_ROUTER_ID"
     assert loaded.given["router.host"].origin.endswith("t.toml:4")
