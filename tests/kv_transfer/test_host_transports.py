@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from kv_transfer import tcp
 from kv_transfer.api import FetchError, NodeLimits, Outcome
 from kv_transfer.registry import make_transports
 from kv_transfer.segments import one_segment
@@ -322,6 +324,28 @@ def test_an_owner_closes_under_readers_that_take_nothing(both: Both) -> None:
         time.sleep(0.1)
         owner.close()
         assert not [thread for thread in threading.enumerate() if thread.name == "kv-tcp-serve" and thread.is_alive()]
+
+
+def test_readers_that_die_in_mid_read_do_not_hurt_the_owner(both: Both) -> None:
+    owner, reader, theirs, ours = both
+    for _ in range(20):
+        connection, _regions = _dial_past_the_checks(owner)
+        connection.sendall(_REQUEST.pack(0, 1) + np.array([0, 4 << 20], np.uint64).tobytes())
+        connection.recv(1000)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()  # with a reset, as the kernel does it for a process that was killed
+    reader.read("p", WHOLE, 20.0)
+    assert np.array_equal(ours[STAGING], theirs[ARENA])
+    eventually(lambda: len([thread for thread in threading.enumerate() if thread.name == "kv-tcp-serve"]) == 1)
+
+
+def test_a_stranger_that_says_nothing_is_cut_off(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, *_ = both
+    monkeypatch.setattr(tcp, "_DIAL_S", 0.1)
+    port = msgspec.msgpack.decode(owner.export(), type=_Exported).port
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as stranger:
+        greeting = b"".join(iter(lambda: stranger.recv(64), b""))
+        assert greeting.startswith(b"tandem kv tcp 1")
 
 
 # -- tcp with TLS
