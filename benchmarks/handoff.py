@@ -76,7 +76,8 @@ async def run_round(address: str, shape: Shape, seed: int, into: Measured) -> No
     async def client_loop(client: AsyncClient) -> None:
         nonlocal tokens
         while prompts:
-            tokens += await one_request(client, prompts.pop(), shape.answer_tokens, into)
+            generated = await one_request(client, prompts.pop(), shape.answer_tokens, into)
+            tokens += generated  # in a statement of its own: `+=` across an await loses what others add meanwhile
 
     async with AsyncClient(address) as client:
         began = time.perf_counter()
