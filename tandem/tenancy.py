@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from router.core.tenant import BookRefused, Tenant, TenantBook
+from router.core.tenant import LANES, BookRefused, Tenant, TenantBook
 from router.edge.keys import KeysRefused, StoredKey
 from router.tenants import book as as_book
 from tandem import settings
@@ -74,7 +74,7 @@ def refusals() -> Iterator[None]:
 def facts(tenant: Tenant) -> dict[str, Any]:
     """Every field, as the file spells it."""
     found: dict[str, Any] = msgspec.to_builtins(tenant)
-    found["lanes"] = sorted(found["lanes"])
+    found["lanes"] = [lane.value for lane in LANES if lane in tenant.lanes]
     found["pool"] = dict(sorted(tenant.pool))
     found["models"] = sorted(tenant.models) if tenant.models is not None else None
     return found

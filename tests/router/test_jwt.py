@@ -28,7 +28,7 @@ RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 EC = ec.generate_private_key(ec.SECP256R1())
 ED = ed25519.Ed25519PrivateKey.generate()
 OTHER = ec.generate_private_key(ec.SECP256R1())
-ALGORITHMS = {"RS256": RSA, "ES256": EC, "EdDSA": ED}
+ALGORITHMS: dict[str, Any] = {"RS256": RSA, "ES256": EC, "EdDSA": ED}
 
 
 def jwk(key_id: str, key: Any, **more: str) -> dict[str, str]:
@@ -38,7 +38,7 @@ def jwk(key_id: str, key: Any, **more: str) -> dict[str, str]:
     return {**json.loads(as_text), "kid": key_id, **more}
 
 
-def token(algorithm: str = "ES256", key: Any = None, key_id: str | None = None, **claims: object) -> str:
+def token(algorithm: str = "ES256", key: Any = None, key_id: str | None = None, **claims: Any) -> str:
     said = {"iss": ISSUER, "aud": AUDIENCE, "exp": time.time() + 600, "tenant": "acme", "sub": "me", **claims}
     said = {name: value for name, value in said.items() if value is not None}
     headers = {"kid": algorithm if key_id is None else key_id}
@@ -93,7 +93,7 @@ async def test_a_good_token_is_its_tenant(jwks: Path, algorithm: str) -> None:
 
 async def test_claims_name_tenant_lane_and_scopes(jwks: Path) -> None:
     asked = verifier(jwks, tenant_claim="https://x.example/org", lane_claim="lane", scope_claim="scope")
-    claims = {"https://x.example/org": "b", "lane": "batch", "scope": "openid tandem:admin"}
+    claims: dict[str, Any] = {"https://x.example/org": "b", "lane": "batch", "scope": "openid tandem:admin"}
     identity = await identify(asked, token(**claims))
     assert (identity.tenant, identity.lane_max, identity.scopes) == ("b", Lane.BATCH, {Scope.ADMIN})
     listed = await identify(asked, token(**claims | {"scope": ["tandem:inference", "tandem:admin"]}))
@@ -119,7 +119,7 @@ async def test_claims_name_tenant_lane_and_scopes(jwks: Path) -> None:
         ({"tenant": "a\nb"}, "TOKEN_CLAIM"),
     ],
 )
-async def test_a_token_that_does_not_hold_says_why(jwks: Path, claims: dict[str, object], reason: str) -> None:
+async def test_a_token_that_does_not_hold_says_why(jwks: Path, claims: dict[str, Any], reason: str) -> None:
     assert await refused(verifier(jwks), token(**claims)) == reason
 
 
@@ -137,7 +137,7 @@ async def test_a_forged_signature_is_refused(jwks: Path) -> None:
 
 
 async def test_algorithms_off_the_list_are_refused_whatever_signs(jwks: Path) -> None:
-    unsigned = jwt.encode({"tenant": "acme"}, None, algorithm="none")
+    unsigned = jwt.encode({"tenant": "acme"}, "", algorithm="none")
     assert await refused(verifier(jwks), unsigned) == "TOKEN_ALGORITHM"
     shared = jwt.encode({"tenant": "acme"}, "x" * 32, algorithm="HS256", headers={"kid": "RS256"})
     assert await refused(verifier(jwks), shared) == "TOKEN_ALGORITHM"

@@ -1,7 +1,7 @@
 """A real gRPC server whose answers a test scripts: what the client makes of them is what is tested."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,9 +89,9 @@ class _Service(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlSer
 
 
 @contextmanager
-def serving(script: Script, *, interceptors: tuple[grpc.ServerInterceptor, ...] = ()) -> Iterator[Script]:
+def serving(script: Script, *, interceptors: Sequence[grpc.ServerInterceptor] = ()) -> Iterator[Script]:
     with ThreadPoolExecutor(8) as pool:
-        server = grpc.server(pool, interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
+        server = grpc.server(pool, interceptors=list(interceptors), options=[("grpc.so_reuseport", 0)])
         service = _Service(script)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
         control_pb2_grpc.add_ControlServicer_to_server(service, server)

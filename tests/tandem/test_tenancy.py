@@ -156,7 +156,7 @@ def test_a_key_goes_along_with_every_call(monkeypatch: pytest.MonkeyPatch) -> No
     seen: list[str] = []
 
     class Watch(grpc.ServerInterceptor):
-        def intercept_service(self, continuation, details):  # type: ignore[no-untyped-def]
+        def intercept_service(self, continuation, details):
             seen.extend(str(value) for name, value in details.invocation_metadata if name == "authorization")
             return continuation(details)
 
