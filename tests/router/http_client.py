@@ -89,7 +89,7 @@ async def connected(port: int) -> AsyncIterator[Connection]:
 
 
 async def call(
-    port: int, method: str, path: str, body: bytes | dict[str, Any] | None = None, **headers: str
+    port: int, method: str, path: str, body: bytes | dict[str, Any] | None = None, **headers: str | None
 ) -> Response:
     async with connected(port) as connection:
         await connection.send(method, path, body, **headers)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from router.config import HttpLimits, RequestLimits
+from router.config import AuthConfig, HttpLimits, RequestLimits
 from router.core.limits import CoreLimits
+from router.edge import keys
 from router.edge.chat import ChatTemplate, Said
 from router.edge.text import ModelText
-from tests.router.http_client import Connection, Response, call, connected
+from tests.router.http_client import Response, call, connected
 from tests.router.running import CONTEXT, DECODE, MODEL, MODEL_DIR, VOCAB, WAIT_S, Router, Worker, running
 
 TEXT = ModelText(MODEL_DIR)
@@ -265,7 +267,7 @@ class TestChat:
         prompt = TEXT.tokenizer.decode(list(order.decode.token_ids))
         assert prompt == "System: be brief\nUser: hi\nyou\nAssistant:"
 
-    async def test_a_models_own_template_is_used(self, router: Router, tmp_path: Any) -> None:
+    async def test_a_models_own_template_is_used(self, router: Router, tmp_path: Path) -> None:
         template = (
             "{{ bos_token }}{% for message in messages %}\n<{{ message.role }}>{{ message['content'] | tojson }}"
             "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -279,7 +281,7 @@ class TestChat:
         with pytest.raises(ValueError, match="the user speaks first"):
             _refused(own, [Said("assistant", "x")])
 
-    async def test_a_template_cannot_reach_out(self, tmp_path: Any) -> None:
+    async def test_a_template_cannot_reach_out(self, tmp_path: Path) -> None:
         (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
         with pytest.raises(ValueError, match="cannot render"):
             _refused(ChatTemplate(TEXT, tmp_path), [Said("user", "x")])
@@ -579,6 +581,87 @@ class TestBadInput:
             assert response.error["message"]
 
 
+async def test_no_body_makes_a_fault_of_ours() -> None:
+    random = Random(11)
+    fields = ["model", "prompt", "messages", "tokens", *(name for _, body, *_ in BAD for name in body)]
+    values: list[Any] = [
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2**31,
+        2**63,
+        10**40,
+        0.5,
+        1e308,
+        -1e-308,
+        "",
+        "x",
+        "\u0000",
+        "😀",
+    ]
+    values += [[], {}, [None], [""], ["x"], [5], [[5]], [[]], [5, "x"], [{}], {"x": 1}, {"include_usage": True}, MODEL]
+    values += [[{"role": "user", "content": "hi"}], [{"role": "user", "content": [{"type": "text", "text": 3}]}]]
+    valid: dict[str, dict[str, Any]] = {
+        COMPLETIONS: {"prompt": "x"},
+        CHAT: {"messages": [{"role": "user", "content": "hi"}]},
+        "/tokenize": {"prompt": "x"},
+        "/detokenize": {"tokens": [5]},
+    }
+    async with running(http_port=0) as router:
+        await router.worker("b")
+        async with connected(port(router)) as connection:
+            for _ in range(2000):
+                path, body = random.choice(list(valid.items()))
+                wrong = {random.choice(fields): random.choice(values) for _ in range(random.randint(1, 3))}
+                await connection.send("POST", path, {**body, **wrong}, x_tandem_timeout_s="0.001")
+                response = await connection.response()
+                assert response.status in (200, 400, 404, 504), (wrong, response)
+                assert response.status == 200 or response.error["message"]
+        await router.is_idle()
+
+
+class TestCallers:
+    @pytest_asyncio.fixture
+    async def key(self, tmp_path: Path) -> str:
+        with keys.editing(tmp_path / "keys.json", tmp_path / "pepper") as editor:
+            store, _, key = editor.store.create(editor.pepper, "acme", time.time(), env="test")
+            editor.save(store)
+        (tmp_path / "tenants.toml").write_text("[tenants.acme]\n")
+        return key
+
+    async def test_are_who_their_keys_say(self, tmp_path: Path, key: str) -> None:
+        auth = AuthConfig(mode="keys", keys_file=str(tmp_path / "keys.json"))
+        async with running(http_port=0, auth=auth, tenants_file=str(tmp_path / "tenants.toml")) as router:
+            worker = await router.worker("b", answer=ANSWER)
+            for authorization in (None, "Bearer nonsense", "Basic abc"):
+                for method, path in (
+                    ("POST", COMPLETIONS),
+                    ("POST", CHAT),
+                    ("POST", "/tokenize"),
+                    ("POST", "/detokenize"),
+                    ("GET", "/v1/models"),
+                    ("GET", f"/v1/models/{MODEL}"),
+                    ("GET", "/metrics"),
+                ):
+                    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [5]}
+                    if path == "/tokenize":
+                        del body["messages"]
+                    sent = body if method == "POST" else None
+                    response = await call(port(router), method, path, sent, authorization=authorization)
+                    assert (response.status, response.error["type"]) == (401, "authentication_error")
+            for path in ("/health", "/ping", "/version"):
+                assert (await call(port(router), "GET", path)).status == 200
+            bearer = f"Bearer {key}"
+            assert (await post(router, COMPLETIONS, completion(), authorization=bearer)).status == 200
+            (order,) = await worker.wait_for("decode")
+            assert order.decode.tenant == "acme"
+            metrics = await call(port(router), "GET", "/metrics", authorization=bearer)
+            assert (metrics.status, metrics.error["type"]) == (403, "permission_error")
+
+
 class TestEnds:
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("tokens_before", [0, 5])
@@ -772,11 +855,3 @@ class TestSdk:
         with pytest.raises(openai.APIError, match="deadline"):
             async for _ in stream:
                 pass
-
-
-def test_json_of_the_tests_is_json() -> None:
-    for _, body, _, _ in BAD:
-        json.dumps(body)
-
-
-__all__ = ["Connection"]
