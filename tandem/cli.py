@@ -316,12 +316,12 @@ def tenant_set(
 
 @tenant_app.command("remove")
 def tenant_remove(name: str, file: TenantsFileOption = None, config: ConfigOption = None) -> None:
-    """Removes a tenant; what it has begun goes on, what it asks next is refused."""
+    """Removes a tenant. What it has begun goes on; what it asks next is refused, or [unknown]'s if the file has one."""
     from tandem import tenancy
 
     with _errors_in_one_line(), tenancy.refusals():
         tenancy.remove(_tenants_file(file, config), name)
-    print(f"{name} is removed; its keys open nothing now")
+    print(f"{name} is removed; its keys are still there, see `tandem key list --tenant {name}`")
 
 
 @tenant_app.command("show")

@@ -140,3 +140,12 @@ async def test_a_changed_file_is_read_and_a_refused_one_changes_nothing(
             await asyncio.sleep(0.01)
     running.cancel()
     assert caplog.text.count("must be positive") == 1
+
+
+def test_the_example_of_the_documentation_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tenancy.md").read_text()
+    section = page.partition("## The tenants' file")[2]
+    lines = section.partition("Everything has a default")[0].splitlines()
+    book = read(tmp_path, "\n".join(line.removeprefix("    ") for line in lines))
+    assert book.tenants["acme"].guaranteed_tokens_per_s == 1000
+    assert book.unknown is not None
