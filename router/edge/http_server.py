@@ -215,7 +215,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_here()
-        self.resume_writing_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -239,16 +239,16 @@ class _Connection(HttpToolsProtocol):
         self._write_timer = self.loop.call_later(self._limits.write_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self.resume_writing_timer()
+        self._stop_write_timer()
         super().resume_writing()
-
-    def resume_writing_timer(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "this is not HTTP/1.1", "NOT_HTTP")
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _await_head(self) -> None:
         self._head_bytes = 0
@@ -262,7 +262,7 @@ class _Connection(HttpToolsProtocol):
             self._head_timer = None
 
     def _refuse(self, status: int, why: str, reason: str) -> None:
-        """Without a request there is nobody for the app to answer."""
+        """Without a whole head there is no request for the app to answer."""
         self._head_is_here()
         if self.transport.is_closing():
             return

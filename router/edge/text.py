@@ -42,12 +42,14 @@ class ModelText:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def chat_template(self, model_dir: Path) -> str | None:
-        """The model's own Jinja template, if it ships one."""
+        """The model's own Jinja template, if it ships one; of several, the one called default."""
         alone = model_dir / "chat_template.jinja"
         if alone.is_file():
             return alone.read_text(encoding="utf-8")
         config = model_dir / "tokenizer_config.json"
         template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+        if isinstance(template, list):
+            template = next((one.get("template") for one in template if one.get("name") == "default"), None)
         return template if isinstance(template, str) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -280,6 +281,13 @@ class TestChat:
         assert own.render([Said("user", "<é>")], ask=True) == '<s><user>"<é>"<assistant>'
         with pytest.raises(ValueError, match="the user speaks first"):
             _refused(own, [Said("assistant", "x")])
+
+    @pytest.mark.parametrize("several", [False, True])
+    async def test_a_template_may_stand_in_the_tokenizers_configuration(self, tmp_path: Path, several: bool) -> None:
+        template = "{{ messages[0].content }}!"
+        named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named if several else template}))
+        assert ChatTemplate(TEXT, tmp_path).render([Said("user", "hi")], ask=True) == "hi!"
 
     async def test_a_template_cannot_reach_out(self, tmp_path: Path) -> None:
         (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
@@ -783,6 +791,18 @@ async def test_many_at_once_each_get_their_own_answer() -> None:
         for response in responses:
             assert "".join(event["choices"][0]["text"] for event in response.events) == SAID
         assert len({response.events[0]["id"] for response in responses}) == 40
+
+
+async def test_no_more_connections_than_allowed() -> None:
+    async with running(http_port=0, http=HttpLimits(connections_max=1)) as router, connected(port(router)) as first:
+        await first.send("GET", "/ping")
+        assert (await first.response()).status == 200
+        async with connected(port(router)) as second:
+            second.writer.write(b"GET /ping HTTP/1.1\r\n\r\n")
+            with pytest.raises((ConnectionError, EOFError)):
+                await second.response()
+        await first.send("GET", "/ping")
+        assert (await first.response()).status == 200
 
 
 async def test_a_taken_port_is_said() -> None:
