@@ -86,7 +86,14 @@ async def serve(
     text = ModelText(model_dir)
     texts = {config.model_name: text}
     access = open_access(config)
-    core = Core(now=began, limits=config.limits, models=texts, book=access.book, cache_secret=access.cache_secret)
+    core = Core(
+        now=began,
+        limits=config.limits,
+        models=texts,
+        book=access.book,
+        cache_secret=access.cache_secret,
+        wall_offset_s=time.time() - began,
+    )
     shell = Shell(core, stream_tokens_max=config.requests.stream_tokens_max)
     links = Links(shell, router_id=config.router_id, load_report_interval_s=config.load_report_interval_s)
     shell.attach(links)

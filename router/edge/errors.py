@@ -97,7 +97,10 @@ class HttpStatus(NamedTuple):
 
 def http_status(error: errors.TandemError) -> HttpStatus:
     """Status, OpenAI's body, and what says when to try again."""
-    return HttpStatus(answers(error).http, openai_error(error), tuple(_retry_headers(error)))
+    headers = tuple(_retry_headers(error))
+    if isinstance(error, errors.Unauthenticated):
+        headers += ((b"www-authenticate", b"Bearer"),)
+    return HttpStatus(answers(error).http, openai_error(error), headers)
 
 
 def openai_error(error: errors.TandemError) -> bytes:

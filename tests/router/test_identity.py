@@ -365,5 +365,6 @@ class TestTheKeyFile:
             await KeyVerifier(store, b"q" * 32).identify(Presented(key), NOW)
 
     def test_over_http_it_is_401_and_403(self) -> None:
-        assert http_status(errors.Unauthenticated("KEY_EXPIRED", "x")).status == 401
+        unknown = http_status(errors.Unauthenticated("KEY_EXPIRED", "x"))
+        assert (unknown.status, dict(unknown.headers)[b"www-authenticate"]) == (401, b"Bearer")
         assert http_status(errors.PermissionDenied("SCOPE_MISSING", "x")).status == 403
