@@ -9,12 +9,15 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import grpc
 import pytest
 import pytest_asyncio
 
 from protos import control_pb2, inference_pb2
+from router.access import AccessRefused, open_access
 from router.config import AuthConfig, RouterConfig
 from router.core import errors
 from router.core.request import Lane
@@ -261,6 +264,32 @@ def test_the_lane_is_the_least_of_what_is_asked_and_allowed(
         assert caller.lane(Lane(asked) if asked else None) is Lane(got)
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/v1/completions", "/tokenize"])
+async def test_http_asks_for_the_same_keys(files: Files, path: str) -> None:
+    key, operator = files.create("third"), files.create("ops", scopes=frozenset({Scope.ADMIN}))
+    async with running(tenants_file=str(files.tenants), auth=files.auth(), http_port=0) as router:
+        await router.worker("w", answer=ANSWER)
+        url = f"http://127.0.0.1:{router.bound.http_port}{path}"
+        body = {"/v1/completions": {"prompt": [1, 2, 3], "max_tokens": len(ANSWER)}, "/tokenize": {"prompt": "x"}}.get(
+            path
+        )
+        right, wrong = (operator, key) if path == "/metrics" else (key, operator)
+        got = [await asyncio.to_thread(http, url, body, one) for one in ("", key[:-1], wrong, right)]
+        assert got == [401, 401, 403, 200]
+        assert await asyncio.to_thread(http, f"http://127.0.0.1:{router.bound.http_port}/health", None, "") == 200
+
+
+def http(url: str, body: object, key: str) -> int:
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"content-type": "application/json", **({"x-api-key": key} if key else {})}
+    try:
+        with urlopen(Request(url, data, headers), timeout=WAIT_S) as response:
+            return response.status
+    except HTTPError as error:
+        error.close()
+        return error.code
+
+
 class TestTheFileOfTenants:
     async def test_a_change_comes_into_force_without_dropping_a_request(self, router: Router, files: Files) -> None:
         first = files.create("acme")
@@ -309,6 +338,16 @@ class TestWithoutAuthentication:
             )
         found = str(caught.value).splitlines()
         assert [line.partition(":")[0] for line in found] == ["auth.keys_file", "auth.pepper_file", "tenants_file"]
+
+
+def test_a_router_does_not_start_on_a_file_that_it_cannot_trust(files: Files) -> None:
+    config = RouterConfig(
+        model_dir=str(MODEL_DIR), model_name=MODEL, tenants_file=str(files.tenants), auth=files.auth()
+    )
+    assert open_access(config).book.tenant("acme")
+    files.keys.chmod(0o604)
+    with pytest.raises(AccessRefused, match="chmod 600"):
+        open_access(config)
 
 
 class TestTheKeyFile:
