@@ -119,11 +119,6 @@ class Authenticator:
         self.book = book
         self._wall_clock = wall_clock
 
-    @classmethod
-    def open(cls, book: TenantBook | None = None) -> Authenticator:
-        """Asks nobody who they are."""
-        return cls((Anyone(),), book or TenantBook.open())
-
     async def caller(self, presented: Presented) -> Caller:
         """Who wants to generate. Raises Unauthenticated, PermissionDenied."""
         identity = await self.identify(presented, Scope.INFERENCE)
