@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -80,8 +81,14 @@ class Connection:
 
 
 @asynccontextmanager
-async def connected(port: int) -> AsyncIterator[Connection]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
+async def connected(port: int, *, receive_bytes: int = 0) -> AsyncIterator[Connection]:
+    """`receive_bytes` limits what the kernel takes in for a test that does not read."""
+    ours = socket.socket()
+    ours.setblocking(False)
+    if receive_bytes:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    await asyncio.get_running_loop().sock_connect(ours, ("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
     try:
         yield Connection(reader, writer)
     finally:

@@ -749,10 +749,10 @@ class TestEnds:
         http = HttpLimits(write_timeout_s=0.5)
         async with running(http_port=0, http=http, requests=RequestLimits(stream_tokens_max=128)) as router:
             await router.worker("b", answer=answer)
-            async with connected(port(router)) as connection:
+            async with connected(port(router), receive_bytes=4096) as connection:
                 transport: Any = connection.writer.transport
                 transport.pause_reading()
-                many = [[5]] * 32
+                many = [[5]] * 12
                 body = completion(prompt=many, max_tokens=len(answer), stream=True)
                 await connection.send("POST", COMPLETIONS, body)
                 status = await router.until(lambda status: sum(status.outcomes.values()) == len(many))
