@@ -12,8 +12,8 @@ one tenant is still one flow. Which flow is next, first match:
 3. **Shares.** In the highest lane that waits, the flow with the smallest virtual counter. A dispatch charges
    cost / weight to the counter at once, with the cost *predicted* (uncached prompt + 2 x predicted output); what runs
    longer than predicted is charged again, by doubling; the end corrects the sum to what was really used. A flow that
-   becomes ready starts no lower than the lane's virtual time, the counter served last: idle time banks nothing. Debts
-   stay.
+   becomes ready starts no lower than the lane's virtual time (the counter served last, or the smallest of those
+   that wait if that is less): idle time banks nothing. Debts stay.
 
 **Caps.** A tenant holds at most `tokens_in_flight_max` KV tokens at workers, or one request. A flow whose head does not
 fit under it is set aside without holding up anyone, and comes back when the tenant's requests end. The cap makes the
@@ -136,6 +136,12 @@ class _Rank:
     served: float = 0.0
     #: Added to its counters wherever they are compared with another rank's.
     offset: float = 0.0
+
+    def start(self) -> float:
+        """Where a flow that becomes ready begins. Refunds can bring those that are ready below what was served last:
+        who charged much and gives it back must not leave newcomers behind."""
+        first = self.flows.first()
+        return self.served if first is None else min(self.served, self.flows.key(first)[1])
 
     def set(self, flow: _Flow, *, again: bool) -> None:
         if flow not in self.flows:
@@ -438,7 +444,7 @@ class FairQueue:
         if flow not in rank.flows:
             if not rank.flows:
                 self._rebase(rank, flow.lane)
-            flow.counter = max(flow.counter, rank.served)
+            flow.counter = max(flow.counter, rank.start())
         rank.set(flow, again=head.request_id in self._charges)
         return True
 

@@ -91,6 +91,19 @@ def test_idle_time_banks_nothing() -> None:
     assert 9 <= pool.order(20).count("idle") <= 11
 
 
+def test_what_is_charged_and_given_back_leaves_no_newcomer_behind() -> None:
+    """Somebody asks for long answers and cancels each when it was dispatched."""
+    pool = Pool(book(Tenant(id="a"), Tenant(id="b")), FairLimits(output_tokens_first=1000, estimate_gain=0.0))
+    for _ in range(50):
+        pool.push("a", max_tokens=1000)
+    begun = [pool.pop() for _ in range(10)]
+    for request_id in begun:
+        assert request_id is not None
+        pool.end(request_id, 0)
+    pool.push("b")
+    assert pool.order(2).count("b") == 1
+
+
 def test_a_debt_outlasts_an_empty_queue() -> None:
     pool = Pool(book(Tenant(id="a"), Tenant(id="b")))
     for _ in range(10):
@@ -325,6 +338,9 @@ class Dumb:
                 if mates and not any(f.tenant.pool == flow.tenant.pool for f in mates):
                     others = {(f.tenant.pool, f.lane) for f in mates}
                     self.offset[place] = min(self.served.get(o, 0.0) + self.offset.get(o, 0.0) for o in others) - served
+                same = [f for f in mates if f.tenant.pool == flow.tenant.pool]
+                if same:
+                    served = min(served, min((f.waiting[0].request_id not in self.costs, f.counter) for f in same)[1])
                 flow.counter = max(flow.counter, served)
             flow.was_ready = ready
 
