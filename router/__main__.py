@@ -5,6 +5,7 @@ output is {"port": ..., "metrics_port": ..., "http_port": ...}, once the ports a
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import uvloop
 from router.access import AccessRefused
 from router.config import from_json
 from router.main import Bound, PortTaken, serve
+from router.metering.journal import JournalError
 
 BAD_CONFIG, PORT_TAKEN = 2, 4
 
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         uvloop.run(serve(config, _say_where))
-    except AccessRefused as error:
+    except (AccessRefused, JournalError) as error:
         print(f"configuration: {error}", file=sys.stderr)
         return BAD_CONFIG
     except PortTaken as error:
@@ -41,6 +43,9 @@ def main(argv: list[str]) -> int:
 
 
 def _say_where(bound: Bound) -> None:
+    # What lives now lives on. Collecting it again and again costs milliseconds in the tail of decisions.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
     ports = {"port": bound.port, "metrics_port": bound.metrics_port, "http_port": bound.http_port}
     print(msgspec.json.encode(ports).decode(), flush=True)
 

@@ -175,6 +175,8 @@ class RouterConfig:
     #: Who the tenants are and what they may (TOML), read again when it changes; empty: all callers are one tenant
     #: without limits.
     tenants_file: str = ""
+    #: What was spent of the tenants' budgets, so that a restart forgets nothing; empty: it forgets. One router's alone.
+    budget_journal: str = ""
     #: SHA-256, in hex, of a key that may do what operators do: of whoever started this process. Empty: there is none.
     operator_key_hash: str = ""
     auth: AuthConfig = field(default_factory=AuthConfig)
@@ -243,7 +245,12 @@ def with_absolute_paths(config: RouterConfig) -> RouterConfig:
         pepper_file=_absolute(auth.pepper_file),
         jwt=replace(auth.jwt, jwks=jwks),
     )
-    return replace(config, tenants_file=_absolute(config.tenants_file), auth=auth)
+    return replace(
+        config,
+        tenants_file=_absolute(config.tenants_file),
+        budget_journal=_absolute(config.budget_journal),
+        auth=auth,
+    )
 
 
 def _absolute(path: str) -> str:

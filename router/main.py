@@ -26,6 +26,7 @@ from protos import worker_link_pb2_grpc
 from router.access import open_access
 from router.config import RouterConfig
 from router.core import events as ev
+from router.core.budget import Record
 from router.core.core import Core
 from router.core.snapshot import Snapshot
 from router.core.stats import Stats
@@ -38,6 +39,7 @@ from router.edge.native import NativeEdge
 from router.edge.openai import OpenAIEdge
 from router.edge.text import ModelText
 from router.links import Links
+from router.metering.journal import Journal
 from router.metrics import RouterCollector, exposition, serve_metrics
 from router.shell import Shell
 
@@ -52,6 +54,10 @@ _SERVER_OPTIONS = (
 )
 
 _METRICS_WAIT_S = 5.0
+#: Records reach the disk this soon; until then they outlive the process, but not the machine.
+_JOURNAL_SYNC_S = 0.02
+#: A longer journal is rewritten to what is still open or spent.
+_JOURNAL_BYTES_MAX = 64 << 20
 #: For the handlers of requests that were ended to tell their clients so.
 _LAST_WORDS_S = 1.0
 _log = logging.getLogger(__name__)
@@ -76,7 +82,7 @@ async def serve(
     *,
     asked_to_stop: asyncio.Event | None = None,
 ) -> None:
-    """Runs until a signal, and returns when it has stopped in order. Raises PortTaken, AccessRefused.
+    """Runs until a signal, and returns when it has stopped in order. Raises PortTaken, AccessRefused, JournalError.
 
     Given an event, it runs until that is set and leaves the process's signals alone.
     """
@@ -86,6 +92,7 @@ async def serve(
     text = ModelText(model_dir)
     texts = {config.model_name: text}
     access = open_access(config)
+    journal = Journal(Path(config.budget_journal)) if config.budget_journal else None
     core = Core(
         now=began,
         limits=config.limits,
@@ -93,9 +100,13 @@ async def serve(
         book=access.book,
         cache_secret=access.cache_secret,
         wall_offset_s=time.time() - began,
+        records=journal.records() if journal is not None else (),
     )
     shell = Shell(core, stream_tokens_max=config.requests.stream_tokens_max)
     links = Links(shell, router_id=config.router_id, load_report_interval_s=config.load_report_interval_s)
+    keeper = JournalKeeper(journal, core) if journal is not None else None
+    if keeper is not None:
+        shell.on_record = keeper.append
     shell.attach(links)
     access.on_book = lambda book: shell.handle(ev.TenantsChanged(book))
     generator = Generator(shell, texts, config.requests, access.authenticator)
@@ -139,10 +150,12 @@ async def serve(
         on_ready(Bound(port, metrics.server_port if metrics else None, http.port if http else None))
         async with asyncio.TaskGroup() as tasks:
             reporter = tasks.create_task(_report_health(health, shell, core, config.model_name))
-            watching = tasks.create_task(access.watch())
+            background = [reporter, tasks.create_task(access.watch())]
+            if keeper is not None:
+                background.append(tasks.create_task(keeper.run()))
             await asked_to_stop.wait()
-            watching.cancel()
-            reporter.cancel()
+            for task in background:
+                task.cancel()
         await _stop(server, health, shell, links, core, config.shutdown_grace_s)
     finally:
         if http is not None:
@@ -151,6 +164,30 @@ async def serve(
         generator.close()
         if metrics is not None:
             metrics.shutdown()
+        if journal is not None:
+            journal.close()
+
+
+class JournalKeeper:
+    """Appends records before what follows from them is done, and brings them to the disk shortly after."""
+
+    def __init__(self, journal: Journal, core: Core) -> None:
+        self._journal = journal
+        self._core = core
+        self._appended = asyncio.Event()
+
+    def append(self, record: Record) -> None:
+        self._journal.append((record,))
+        self._appended.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._appended.wait()
+            await asyncio.sleep(_JOURNAL_SYNC_S)
+            self._appended.clear()
+            await asyncio.to_thread(self._journal.sync)
+            if self._journal.size > _JOURNAL_BYTES_MAX:
+                self._journal.rewrite(self._core.rewritten_journal())
 
 
 def _bind(server: grpc.aio.Server, config: RouterConfig) -> int:

@@ -1,0 +1,43 @@
+"""What was spent of a budget stays spent when the router starts again."""
+
+from pathlib import Path
+
+import grpc
+import pytest
+
+from router.metering.journal import JournalError
+from tests.router.running import running
+
+TENANTS = """
+[tenants.default]
+budgets = [{ period = "total", tokens = 10 }]
+"""
+
+
+async def spend(router: object, prompt: list[int]) -> None:
+    call = router.generate(token_ids={"ids": prompt}, sampling={"max_tokens": 2})  # type: ignore[attr-defined]
+    async for _ in call:
+        pass
+
+
+async def test_a_restart_forgets_nothing(tmp_path: Path) -> None:
+    (tmp_path / "tenants.toml").write_text(TENANTS)
+    files = {"tenants_file": str(tmp_path / "tenants.toml"), "budget_journal": str(tmp_path / "budgets.journal")}
+    async with running(**files) as router:
+        await router.worker("w", answer=(5, 6))
+        await spend(router, [1, 2, 3, 4])  # 6 of 10
+    async with running(**files) as router:
+        await router.worker("w", answer=(5, 6))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await spend(router, [1, 2, 3, 4])
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "budget" in (refused.value.details() or "")
+        await spend(router, [1, 2])  # the 4 that are left
+
+
+async def test_two_routers_cannot_own_one_journal(tmp_path: Path) -> None:
+    journal = str(tmp_path / "budgets.journal")
+    async with running(budget_journal=journal):
+        with pytest.raises(JournalError, match="another router"):
+            async with running(budget_journal=journal):
+                pass
