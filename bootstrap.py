@@ -187,7 +187,7 @@ def main(command, arguments):
         become("-m", "pytest", *arguments)
     elif command == "test-fast":
         install([*LIGHT, "dev"])
-        become("-m", "pytest", "-m", "not vllm", *arguments)
+        become("-m", "pytest", "-m", "not vllm", "-n", "2", "--dist", "loadfile", *arguments)
     elif command == "check":
         install([*LIGHT, "dev"])
         failed = [check for check in CHECKS if subprocess.run([PYTHON, "-m", *shlex.split(check)]).returncode]

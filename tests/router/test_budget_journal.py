@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from router.metering.journal import JournalError
-from tests.router.running import running
+from tests.router.running import Router, running
 
 TENANTS = """
 [tenants.default]
@@ -14,19 +14,18 @@ budgets = [{ period = "total", tokens = 10 }]
 """
 
 
-async def spend(router: object, prompt: list[int]) -> None:
-    call = router.generate(token_ids={"ids": prompt}, sampling={"max_tokens": 2})  # type: ignore[attr-defined]
-    async for _ in call:
+async def spend(router: Router, prompt: list[int]) -> None:
+    async for _ in router.generate(token_ids={"ids": prompt}, sampling={"max_tokens": 2}):
         pass
 
 
 async def test_a_restart_forgets_nothing(tmp_path: Path) -> None:
     (tmp_path / "tenants.toml").write_text(TENANTS)
-    files = {"tenants_file": str(tmp_path / "tenants.toml"), "budget_journal": str(tmp_path / "budgets.journal")}
-    async with running(**files) as router:
+    tenants, journal = str(tmp_path / "tenants.toml"), str(tmp_path / "budgets.journal")
+    async with running(tenants_file=tenants, budget_journal=journal) as router:
         await router.worker("w", answer=(5, 6))
         await spend(router, [1, 2, 3, 4])  # 6 of 10
-    async with running(**files) as router:
+    async with running(tenants_file=tenants, budget_journal=journal) as router:
         await router.worker("w", answer=(5, 6))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await spend(router, [1, 2, 3, 4])
