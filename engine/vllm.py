@@ -218,7 +218,7 @@ class VllmEngine:
 
         def exited() -> None:
             loop.remove_reader(pidfd)
-            self._die(f"vLLM's EngineCore (pid {process.pid}) {_exit_words(pidfd)}")
+            self._die(f"vLLM's EngineCore (pid {process.pid}) {_exit_words(process, pidfd)}")
             os.close(pidfd)
 
         loop.add_reader(pidfd, exited)
@@ -502,17 +502,21 @@ async def _send_order(llm: Any, order: EndOrder | DropOrder) -> None:
         await llm.notify_kv_transfer_request_rejected(f"order-{secrets.token_hex(8)}", order_params(order))
 
 
-def _exit_words(pidfd: int) -> str:
+def _exit_words(process: Any, pidfd: int) -> str:
     """How a child of this process ended. It is left for vLLM, which waits for it too, to collect."""
     try:
         ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
+    except ChildProcessError:  # vLLM was faster
         ended = None
-    if ended is None:
+    if ended is not None:
+        code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+    else:
+        code = process.exitcode
+    if code is None:
         return "is gone"
-    if ended.si_code == os.CLD_EXITED:
-        return f"exited with {ended.si_status}; its log says why"
-    return f"was killed by {signal.Signals(ended.si_status).name}"
+    if code >= 0:
+        return f"exited with {code}; its log says why"
+    return f"was killed by {signal.Signals(-code).name}"
 
 
 def _logprobs(completion: Any) -> tuple[TokenLogprobs, ...]:

@@ -34,7 +34,14 @@ def tandem(*arguments: str, address: str = "", stdin: bytes = b"", **environ: st
 @contextmanager
 def process(*arguments: str, address: str) -> Iterator[subprocess.Popen[bytes]]:
     env = clean_environment() | {"TANDEM_ADDRESS": address}
-    with subprocess.Popen([*TANDEM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as started:
+    with subprocess.Popen(
+        [*TANDEM, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+        # A shell's background jobs ignore SIGINT, and so would all that is started from them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as started:
         yield started
 
 

@@ -65,7 +65,8 @@ async def test_a_killed_engine_core_fails_every_leg_and_says_so(engine: VllmEngi
 
     async with asyncio.timeout(5.0):
         reason = await engine.wait_dead()
-        assert "SIGKILL" in reason
+        # vLLM may be collecting the process in another thread this very moment; then nobody can say how it ended.
+        assert "SIGKILL" in reason or reason.endswith("is gone")
         with pytest.raises(LegError) as failed:
             await running
         assert failed.value.kind is FailureKind.ENGINE
