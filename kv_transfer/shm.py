@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kv_transfer.segments import check_bounds, pieces
-from kv_transfer.transport import PeerGone, ReadTimedOut, Region, Segments, TransportError
+from kv_transfer.transport import PeerGone, ReadTimedOut, Region, Segments, TransportError, refuse_device_memory
 
 #: Read between two looks at the clock.
 _PIECE_BYTES = 8 << 20
@@ -113,9 +113,7 @@ class ShmTransport:
             theirs = msgspec.msgpack.decode(exported, type=_Exported)
         except msgspec.MsgspecError as error:
             raise TransportError(f"{peer} exports what is no process: {error}") from error
-        elsewhere = [f"{what} here" for what in self._elsewhere] + [f"{what} there" for what in theirs.elsewhere]
-        if elsewhere:
-            raise TransportError(f"shm reaches host memory only, not {', '.join(elsewhere)}")
+        refuse_device_memory("shm", self._elsewhere, theirs.elsewhere)
         if len(theirs.nonce) != _NONCE_BYTES or not any(theirs.nonce):
             raise TransportError(f"{peer} exports no nonce")
         remote = _find_process(peer, theirs)

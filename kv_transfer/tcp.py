@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from kv_transfer.handle import MAC_BYTES, sign, verify
 from kv_transfer.segments import check_bounds
-from kv_transfer.transport import PeerGone, ReadTimedOut, Region, Segments, TransportError
+from kv_transfer.transport import PeerGone, ReadTimedOut, Region, Segments, TransportError, refuse_device_memory
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +120,7 @@ class TcpTransport:
             theirs = msgspec.msgpack.decode(exported, type=_Exported)
         except msgspec.MsgspecError as error:
             raise TransportError(f"{peer} exports what is no address: {error}") from error
-        elsewhere = [f"{what} here" for what in self._elsewhere] + [f"{what} there" for what in theirs.elsewhere]
-        if elsewhere:
-            raise TransportError(f"tcp reaches host memory only, not {', '.join(elsewhere)}")
+        refuse_device_memory("tcp", self._elsewhere, theirs.elsewhere)
         if theirs.tls != (self._tls is not None):
             raise TransportError(f"{peer} serves {'TLS only' if theirs.tls else 'no TLS, which is wanted here'}")
         reader = _Reader(peer, theirs, self._tls)

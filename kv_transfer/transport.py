@@ -11,7 +11,7 @@ out of use until the exception's `is_quiet` says that the read is over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,3 +104,10 @@ class Transport(Protocol):
     def close(self) -> None:
         """Ends everything; afterwards nothing writes here any more."""
         ...
+
+
+def refuse_device_memory(transport: str, here: Sequence[str], there: Sequence[str]) -> None:
+    """For a transport of host memory, at `connect`. Raises TransportError when either side has regions elsewhere."""
+    elsewhere = [f"{what} here" for what in here] + [f"{what} there" for what in there]
+    if elsewhere:
+        raise TransportError(f"{transport} reaches host memory only, not {', '.join(elsewhere)}")
