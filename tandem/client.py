@@ -5,23 +5,30 @@
             print(delta.text, end="")
 
 A generation begins when `generate` is called. Leaving the loop early, closing the generation or dropping it cancels it
-at the server. Failures are the exceptions of `tandem.errors`. A client is one connection; more clients are more
-connections. An API key, or a token, goes along with every call; without one, that of TANDEM_API_KEY.
+at the server. Failures are the exceptions of `tandem.errors`. What a later try may cure (a server that is away, a limit
+whose refusal says when to come back) is tried again, `retries` times at most, as long as nothing of the answer has
+arrived and the wait fits into the time left.
+
+A client is one connection; more clients are more connections. An API key, or a token, goes along with every call;
+without one, that of TANDEM_API_KEY.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self, Unpack
+from typing import Protocol, Self, TypeAlias, Unpack
 
 import grpc
 
 from protos import control_pb2_grpc, inference_pb2_grpc
 from tandem import wire
-from tandem.errors import Cancelled, InternalError, error_from_rpc
+from tandem.errors import Cancelled, InternalError, TandemError, error_from_rpc
+from tandem.retry import RETRIES, wait_before_retry
 from tandem.values import ClusterStatus, Delta, Finished, Model, Result, Role, SamplingOptions, TokenLogprobs
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -60,12 +67,19 @@ class _Call(Protocol):
     def cancel(self) -> bool: ...
 
 
+_AsyncCall: TypeAlias = "grpc.aio.UnaryStreamCall[wire.GenerateRequest, wire.GenerateResponse]"
+
+
 class _Answer:
     """What has arrived of one answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float | None, retries: int) -> None:
         self.request_id = ""
         self.finished: Finished | None = None
+        #: How often the request was asked for again.
+        self.retried = 0
+        self._retries = retries
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -87,6 +101,18 @@ class _Answer:
                 self.finished = finished
         return None
 
+    def _left_s(self) -> float | None:
+        return None if self._deadline is None else self._deadline - time.monotonic()
+
+    def _wait_before_retry(self, error: TandemError) -> float:
+        """Raises the error if it is the end."""
+        begun = bool(self.request_id)
+        wait_s = wait_before_retry(error, retried=self.retried, retries=self._retries, left_s=self._left_s())
+        if begun or wait_s is None:
+            raise error from None
+        self.retried += 1
+        return wait_s
+
     def _result(self) -> Result:
         if self.finished is None:
             raise InternalError("the server ended the stream without finishing the answer")
@@ -102,17 +128,25 @@ class _Answer:
 class Generation(_Answer):
     """One answer on its way. Iterate it once for its deltas, or call `result` for the whole."""
 
-    def __init__(self, call: _Call) -> None:
-        super().__init__()
-        self._call = call
+    def __init__(self, start: Callable[[float | None], _Call], timeout_s: float | None, retries: int) -> None:
+        """`start` makes the call, with the time it has left."""
+        super().__init__(timeout_s, retries)
+        self._start = start
+        self._call = start(timeout_s)
+        self._closed = threading.Event()
 
     def __iter__(self) -> Iterator[Delta]:
         try:
-            for response in self._call:
-                if (delta := self._take(response)) is not None:
-                    yield delta
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from None
+            while self.finished is None:
+                try:
+                    for response in self._call:
+                        if (delta := self._take(response)) is not None:
+                            yield delta
+                    break
+                except grpc.RpcError as error:
+                    if self._closed.wait(self._wait_before_retry(error_from_rpc(error))):
+                        raise Cancelled("the generation was closed") from None
+                self._call = self._start(self._left_s())
         finally:
             self.close()
         self._result()
@@ -125,6 +159,7 @@ class Generation(_Answer):
 
     def close(self) -> None:
         """Cancels the request if it still runs."""
+        self._closed.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -139,18 +174,26 @@ class Generation(_Answer):
 class AsyncGeneration(_Answer):
     """One answer on its way. Iterate it once for its deltas, or await `result` for the whole."""
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[wire.GenerateRequest, wire.GenerateResponse]) -> None:
-        super().__init__()
-        self._call = call
+    def __init__(self, start: Callable[[float | None], _AsyncCall], timeout_s: float | None, retries: int) -> None:
+        """`start` makes the call, with the time it has left."""
+        super().__init__(timeout_s, retries)
+        self._start = start
+        self._call = start(timeout_s)
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
-            async for response in self._call:
-                if (delta := self._take(response)) is not None:
-                    yield delta
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from None
+            while self.finished is None:
+                try:
+                    async for response in self._call:
+                        if (delta := self._take(response)) is not None:
+                            yield delta
+                    break
+                except grpc.RpcError as error:
+                    await asyncio.sleep(self._wait_before_retry(error_from_rpc(error)))
+                if self._closed:
+                    raise Cancelled("the generation was closed")
+                self._call = self._start(self._left_s())
         except asyncio.CancelledError:
             # gRPC raises this for a call that was closed, too; that must not look like the task's own cancellation.
             task = asyncio.current_task()
@@ -184,9 +227,11 @@ class AsyncGeneration(_Answer):
 class Client:
     """May be shared by threads."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None) -> None:
-        """`api_key`: None takes that of the environment, "" none."""
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, retries: int = RETRIES) -> None:
+        """`api_key`: None takes that of the environment, "" none. `retries` are a generation's; 0 reports every
+        refusal."""
         self.address = address
+        self._retries = retries
         self._metadata = _credentials(api_key)
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
@@ -208,7 +253,11 @@ class Client:
         request = wire.generate_request(
             prompt, sampling, model=model, request_id=request_id, lane=lane, return_token_ids=return_token_ids
         )
-        return Generation(self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata))
+
+        def start(left_s: float | None) -> _Call:
+            return self._inference.Generate(request, timeout=left_s, metadata=self._metadata)
+
+        return Generation(start, timeout_s, self._retries)
 
     def models(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> tuple[Model, ...]:
         try:
@@ -259,9 +308,11 @@ class Client:
 class AsyncClient:
     """Belongs to the event loop it is created in."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None) -> None:
-        """`api_key`: None takes that of the environment, "" none."""
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, retries: int = RETRIES) -> None:
+        """`api_key`: None takes that of the environment, "" none. `retries` are a generation's; 0 reports every
+        refusal."""
         self.address = address
+        self._retries = retries
         self._metadata = _credentials(api_key)
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
@@ -282,7 +333,11 @@ class AsyncClient:
         request = wire.generate_request(
             prompt, sampling, model=model, request_id=request_id, lane=lane, return_token_ids=return_token_ids
         )
-        return AsyncGeneration(self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata))
+
+        def start(left_s: float | None) -> _AsyncCall:
+            return self._inference.Generate(request, timeout=left_s, metadata=self._metadata)
+
+        return AsyncGeneration(start, timeout_s, self._retries)
 
     async def models(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> tuple[Model, ...]:
         try:

@@ -21,7 +21,11 @@ class Script:
     finish: bool = True
     #: After the deltas, wait until the client goes away.
     hang: bool = False
+    #: After the deltas, fail with this.
+    break_off: grpc.StatusCode | None = None
     refuse: status_pb2.Status | None = None
+    #: How many requests are refused before the others are served.
+    refusals: int = 1_000_000
     #: Workers that have joined, by id, with their processes.
     workers: dict[str, int] = field(default_factory=lambda: {"p-0": 7})
     address: str = ""
@@ -47,12 +51,14 @@ class _Service(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlSer
     def Generate(self, request, context) -> Iterator[inference_pb2.GenerateResponse]:  # type: ignore[no-untyped-def]
         self.script.requests.append(request)
         context.add_callback(self.script.ended.set)
-        if (status := self.script.refuse) is not None:
+        if (status := self.script.refuse) is not None and len(self.script.requests) <= self.script.refusals:
             context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
             context.abort(next(c for c in grpc.StatusCode if c.value[0] == status.code), status.message)
         for text in self.script.deltas:
             delta = inference_pb2.Delta(text=text, token_ids=[len(text)])
             yield inference_pb2.GenerateResponse(request_id="r-1", delta=delta)
+        if self.script.break_off is not None:
+            context.abort(self.script.break_off, "gone")
         if self.script.hang:
             self.script.ended.wait(30)
         elif self.script.finish:

@@ -1,6 +1,8 @@
 import asyncio
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import grpc
@@ -126,8 +128,76 @@ def test_a_refusal_says_when_to_try_again(generate: Generate, server: Script) ->
     retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=1, nanos=500_000_000))
     server.refuse = refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full", retry)
     with pytest.raises(ResourceExhausted) as caught:
-        generate()
+        generate(timeout_s=1)
     assert caught.value.retry_after_s == 1.5
+
+
+def wait_of(seconds: float) -> error_details_pb2.RetryInfo:
+    return error_details_pb2.RetryInfo(retry_delay=Duration(nanos=round(seconds * 1e9)))
+
+
+def test_a_refusal_with_a_time_is_tried_again_after_it(generate: Generate, server: Script) -> None:
+    server.refuse, server.refusals = refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "rate", wait_of(0.2)), 2
+    began = time.monotonic()
+    assert generate().text == "one two"
+    assert len(server.requests) == 3
+    assert time.monotonic() - began >= 0.4
+
+
+def test_a_server_that_is_away_is_tried_again(generate: Generate, server: Script) -> None:
+    server.refuse, server.refusals = refusal(grpc.StatusCode.UNAVAILABLE, "restarting"), 1
+    assert generate().text == "one two"
+
+
+@pytest.mark.parametrize(
+    ("code", "detail", "options"),
+    [
+        pytest.param(grpc.StatusCode.RESOURCE_EXHAUSTED, None, {}, id="waiting does not help"),
+        pytest.param(grpc.StatusCode.INVALID_ARGUMENT, None, {}, id="wrong now, wrong again"),
+        pytest.param(grpc.StatusCode.UNAVAILABLE, wait_of(0.5), {"timeout_s": 0.4}, id="not in the time left"),
+        pytest.param(grpc.StatusCode.RESOURCE_EXHAUSTED, wait_of(0.9), {"timeout_s": 0.4}, id="limit past the time"),
+    ],
+)
+def test_what_a_retry_would_not_cure_is_reported_at_once(
+    generate: Generate,
+    server: Script,
+    code: grpc.StatusCode,
+    detail: error_details_pb2.RetryInfo | None,
+    options: dict[str, object],
+) -> None:
+    server.refuse = refusal(code, "no", *([detail] if detail else []))
+    with pytest.raises(TandemError) as caught:
+        generate(**options)
+    assert caught.value.code == code.name
+    assert len(server.requests) == 1
+
+
+def test_retries_end(server: Script) -> None:
+    server.refuse = refusal(grpc.StatusCode.UNAVAILABLE, "away", wait_of(0.01))
+    with Client(server.address, retries=3) as client, pytest.raises(Unavailable):
+        client.generate("hi").result()
+    assert len(server.requests) == 4
+
+
+def test_an_answer_that_has_begun_is_never_asked_for_again(server: Script) -> None:
+    server.break_off = grpc.StatusCode.UNAVAILABLE
+    with Client(server.address) as client:
+        generation = client.generate("hi")
+        with pytest.raises(Unavailable):
+            generation.result()
+    assert generation.text == "one two"
+    assert len(server.requests) == 1
+
+
+def test_closing_ends_the_wait_for_a_retry(server: Script) -> None:
+    server.refuse = refusal(
+        grpc.StatusCode.UNAVAILABLE, "away", error_details_pb2.RetryInfo(retry_delay={"seconds": 50})
+    )
+    with Client(server.address) as client:
+        generation = client.generate("hi")
+        threading.Timer(0.3, generation.close).start()
+        with pytest.raises(Cancelled):
+            generation.result()
 
 
 def test_a_status_without_details_is_typed_by_its_code(generate: Generate, server: Script) -> None:
