@@ -69,10 +69,10 @@ class Cluster:
         return running.address
 
     def client(self) -> Client:
-        return Client(self.address)
+        return Client(self.address, retries=0)
 
     def async_client(self) -> AsyncClient:
-        return AsyncClient(self.address)
+        return AsyncClient(self.address, retries=0)
 
     def status(self) -> ClusterStatus:
         with self.client() as client:
