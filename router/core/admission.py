@@ -59,6 +59,10 @@ class Admitted:
     def tenant(self) -> str:
         return self.account.tenant.id
 
+    @property
+    def money_micros_max(self) -> int:
+        return _dearest(self.plan, self.prompt_tokens, self.output_tokens)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:

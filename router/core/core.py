@@ -57,7 +57,7 @@ from router.core.request import FinishReason, GenerationRequest, Lane, Route, Ti
 from router.core.salt import cache_salt
 from router.core.state import Leg, OpenRequest, Pool, State
 from router.core.stats import Stats
-from router.core.story import Story
+from router.core.story import Placed, Story
 from router.core.tenant import SELECTORS_MAX, Selector, Tenant, TenantBook
 from router.core.timers import Kind, Timer, Timers
 from router.core.usage import UsageFacts
@@ -161,12 +161,12 @@ class Core:
         pool = self.state.pools.get(model)
         return pool is not None and len(pool.pathless_since) < len(self.state.selectors) and not self._shutting_down
 
-    def explain(self, request_id: str) -> Story | None:
-        """The story of a request that is open, or ended not long ago."""
-        if (opened := self.state.requests.get(request_id)) is not None:
+    def explain(self, request_id: str, tenant: str | None = None) -> Story | None:
+        """The story of a request that is open, or ended not long ago. Given a tenant, only of one of that tenant's."""
+        opened = self.state.requests.get(request_id)
+        if opened is not None and tenant in (None, opened.request.tenant):
             return self.state.tell(opened)
-        ended = self.state.history.get(request_id)
-        return None if ended is None else ended.told
+        return self.state.history.find(request_id, tenant)
 
     def rewritten_journal(self) -> tuple[Record, ...]:
         """Records to rewrite the journal with; those returned by later calls of `handle` continue it."""
@@ -194,7 +194,7 @@ class Core:
         if error is not None:
             self.state.move(opened, Trigger.EXPIRE if isinstance(error, Expired) else Trigger.REFUSE)
             self.state.note(now, opened, f"{opened.state.value}: {error}")
-            self.state.remember(opened, error, None)
+            self.state.history.add(self.state.tell(opened, error))
             self.stats.outcomes[opened.state] += 1
             self._emit(request.request_id, Failed(error))
             return
@@ -641,6 +641,8 @@ class Core:
                 if len(pool.stuck) > SELECTORS_MAX:
                     pool.stuck.clear()
                 pool.stuck[request_id] = among
+                if opened.stuck_at is None:
+                    opened.stuck_at = now
                 queue.park()
 
     def _make_way(self, now: float, what: Ask) -> bool:
@@ -669,6 +671,9 @@ class Core:
         if opened.dispatched_at is None:
             opened.dispatched_at = now
             self.stats.queue_wait_s.observe(now - opened.request.arrival)
+        if opened.stuck_at is not None:
+            opened.stuck_s += now - opened.stuck_at
+            opened.stuck_at = None
         opened.ordered_at = now
         if opened.admitted is not None:
             self.admission.dispatched(opened.admitted)
@@ -676,9 +681,9 @@ class Core:
         opened.base = resume_base(opened.request.sampling, len(opened.generated), replay_failed=opened.replay_failed)
 
     def _placed(self, now: float, opened: OpenRequest, placement: Pair | Whole, trigger: Trigger) -> None:
-        self.state.leave_queue(now, opened, trigger, cached_tokens=placement.cached_tokens)
+        self.state.leave_queue(now, opened, trigger, cached_tokens=placement.figures.cached_tokens)
         self._begin(now, opened)
-        opened.placed = placement.why.value
+        opened.placed = Placed(placement.why.value, placement.figures, placement.runner_up)
 
     def _learn(self, opened: OpenRequest, worker: Worker) -> None:
         """Both workers of a pair will hold the prompt's KV."""
@@ -714,7 +719,7 @@ class Core:
         self._placed(now, opened, pair, Trigger.ORDER_PREFILL)
         if pair.why is Why.PREFIX:
             self.stats.prefix_choices += 1
-            self.stats.prefix_tokens += pair.cached_tokens
+            self.stats.prefix_tokens += pair.figures.cached_tokens
         if opened.slot_at is None:
             self.state.take_slot(opened, pair.decode, slot_blocks(pair.decode, opened, self.limits))
         request = opened.request
@@ -887,7 +892,8 @@ class Core:
         cost = self.state.end(now, opened, trigger, error)
         if completion_tokens is None:
             completion_tokens = len(opened.generated)
-        self.state.remember(opened, error, self._settle(now, opened, cost, completion_tokens))
+        usage = self._settle(now, opened, cost, completion_tokens)
+        self.state.history.add(self.state.tell(opened, error, usage))
         self._mark(opened.request.model)
         stats = self.stats
         stats.outcomes[opened.state] += 1

@@ -31,7 +31,7 @@ class CoreLimits:
     #: A worker that has said nothing for this long is lost.
     silence_s_max: float = 30.0
     #: Ended requests whose stories are kept, and lines per story.
-    history_max: int = 1_000
+    history_max: int = 10_000
     story_lines_max: int = 64
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from router.core.limits import CoreLimits
 from router.core.linked import Worker
 from router.core.roster import Group, Ranking
 from router.core.state import OpenRequest, Pool
+from router.core.story import Figures
 from router.core.tenant import Selector
 from router.core.worker import Role
 
@@ -50,18 +51,17 @@ class Pair:
     prefill: Worker
     decode: Worker
     why: Why
-    #: Prompt tokens that the prefill worker probably has cached.
-    cached_tokens: int = 0
-    #: Predicted from now; means something with a step-time model only.
-    ttft_s: float = 0.0
+    figures: Figures
+    #: The best of those that were not taken.
+    runner_up: Figures | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
     worker: Worker
     why: Why
-    cached_tokens: int = 0
-    ttft_s: float = 0.0
+    figures: Figures
+    runner_up: Figures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,9 @@ class Ask:
         busy_s = max(0.0, worker.busy_until - self.now)
         queue_s = self.step.queue_s(worker.prefilling.total)
         return busy_s + queue_s + self.step.compute_s(self.uncached(worker), self.tokens)
+
+    def figures(self, worker: Worker, move_s: float = 0.0) -> Figures:
+        return Figures(worker.worker_id, self.tokens - self.uncached(worker), self.ttft_s(worker) + move_s)
 
 
 def ask(now: float, pool: Pool, opened: OpenRequest, selector: Selector, limits: CoreLimits, step: StepModel) -> Ask:
@@ -190,7 +193,14 @@ def _where_it_is_decoded(what: Ask, decoders: list[Worker]) -> Whole | None:
     if not what.step.may_stall(uncached + best.prefilling.total, what.tokens + best.prefilling.total):
         return None
     short = what.step.may_stall(what.tokens + best.prefilling.total, what.tokens + best.prefilling.total)
-    return Whole(best, Why.SHORT if short else Why.CACHED, what.tokens - uncached, what.ttft_s(best))
+    why = Why.SHORT if short else Why.CACHED
+    return Whole(best, why, what.figures(best), _elsewhere(what, best) if what.opened.slot_at is None else None)
+
+
+def _elsewhere(what: Ask, decode: Worker) -> Figures | None:
+    """What splitting would have given, by the least loaded prefill worker."""
+    worker = next((worker for group in what.groups if (worker := group.prefill.first()) is not None), None)
+    return None if worker is None else what.figures(worker, _move_s(what, worker, decode))
 
 
 def _local(what: Ask) -> Whole | None:
@@ -201,7 +211,7 @@ def _local(what: Ask) -> Whole | None:
     for worker in workers:
         before = worker.prefilling.total
         if before == 0 or before + what.tokens <= what.limits.local_prefill_tokens_max:
-            return Whole(worker, Why.NO_PREFILL, what.tokens - what.uncached(worker), what.ttft_s(worker))
+            return Whole(worker, Why.NO_PREFILL, what.figures(worker))
     return None
 
 
@@ -239,14 +249,17 @@ def _prefillers(what: Ask) -> list[Worker]:
 def _first_that_meet(what: Ask, able: list[Worker], decoders: list[Worker]) -> Pair | None:
     if not able or not decoders:
         return None
-    times = {worker.worker_id: what.ttft_s(worker) + _move_s(what, worker, decoders[0]) for worker in able}
-    able.sort(key=lambda w: (w.worker_id == what.opened.avoid, times[w.worker_id], w.prefilling.total, w.chosen))
+    figures = {worker.worker_id: what.figures(worker, _move_s(what, worker, decoders[0])) for worker in able}
+    able.sort(
+        key=lambda w: (w.worker_id == what.opened.avoid, figures[w.worker_id].ttft_s, w.prefilling.total, w.chosen)
+    )
     for prefill in able:
         for decode in decoders:
             if _may_meet(decode, prefill):
-                cached = what.tokens - what.uncached(prefill)
-                why = Why.PREFIX if cached else Why.LEAST_LOADED
-                return Pair(prefill, decode, why, cached, times[prefill.worker_id])
+                chosen = figures[prefill.worker_id]
+                why = Why.PREFIX if chosen.cached_tokens else Why.LEAST_LOADED
+                other = next((worker for worker in able if worker is not prefill), None)
+                return Pair(prefill, decode, why, chosen, None if other is None else figures[other.worker_id])
     return None
 
 
@@ -288,8 +301,11 @@ def _whole_engine(what: Ask) -> Whole | None:
             here = [roomiest]
         able += here
     able += [worker for worker in _holding(what, lambda group: group.whole) if _can_take_slot(what, worker)]
-    best = min(able, key=lambda worker: _whole_rank(what, worker), default=None)
-    return None if best is None else Whole(best, Why.WHOLE, what.tokens - what.uncached(best), what.ttft_s(best))
+    if not able:
+        return None
+    able.sort(key=lambda worker: _whole_rank(what, worker))
+    other = next((worker for worker in able if worker is not able[0]), None)
+    return Whole(able[0], Why.WHOLE, what.figures(able[0]), None if other is None else what.figures(other))
 
 
 def _whole_rank(what: Ask, worker: Worker) -> tuple[float, int, int, int]:

@@ -26,7 +26,7 @@ from router.core.linked import Worker
 from router.core.prefix import Prefix, PrefixIndex
 from router.core.request import GenerationRequest, Lane
 from router.core.roster import Roster
-from router.core.story import Story
+from router.core.story import History, Placed, Reserved, Story
 from router.core.tenant import ANYWHERE, Selector, TenantBook
 from router.core.usage import UsageFacts
 from router.core.worker import WorkerFacts
@@ -107,8 +107,11 @@ class OpenRequest:
     prompt_done: bool = False
     #: Output tokens generated once more.
     replayed_tokens: int = 0
-    #: Why it was placed where it was, last.
-    placed: str = ""
+    #: Where it was placed and why, last.
+    placed: Placed | None = None
+    #: When it was first the next in line and no worker had room, and for how long it stood there.
+    stuck_at: float | None = None
+    stuck_s: float = 0.0
 
     #: (when, what), for `tandem why` and for faults.
     story: list[tuple[float, str]] = field(default_factory=list)
@@ -146,20 +149,6 @@ class Pool:
     may_yield: dict[str, None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """What is kept of a request that ended."""
-
-    request_id: str
-    tenant: str
-    outcome: Life
-    error: TandemError | None
-    prompt_tokens: int
-    completion_tokens: int
-    story: tuple[tuple[float, str], ...]
-    told: Story
-
-
 class State:
     def __init__(
         self,
@@ -170,7 +159,6 @@ class State:
         book: TenantBook,
         fair: FairLimits,
     ) -> None:
-        self._history_max = history_max
         self._story_lines_max = story_lines_max
         self._preemptions_max = preemptions_max
         self._book = book
@@ -184,8 +172,7 @@ class State:
         self.requests: dict[str, OpenRequest] = {}
         #: Every open leg, and whose it is.
         self.legs: dict[str, OpenRequest] = {}
-        #: Requests that ended, oldest first, at most `history_max`. Of an id that came twice the later one is kept.
-        self.history: dict[str, Ended] = {}
+        self.history = History(history_max)
 
     # Pools and workers.
 
@@ -294,37 +281,34 @@ class State:
         elif len(story) == self._story_lines_max - 1:
             story.append((now, "... (no more lines are kept)"))
 
-    def remember(self, opened: OpenRequest, error: TandemError | None, usage: UsageFacts | None) -> None:
-        self.history.pop(opened.request_id, None)
-        self.history[opened.request_id] = Ended(
-            request_id=opened.request_id,
-            tenant=opened.request.tenant,
-            outcome=opened.state,
-            error=error,
-            prompt_tokens=len(opened.request.prompt),
-            completion_tokens=len(opened.generated),
-            story=tuple(opened.story),
-            told=self.tell(opened, error, usage),
-        )
-        if len(self.history) > self._history_max:
-            del self.history[next(iter(self.history))]
-
     def tell(self, opened: OpenRequest, error: TandemError | None = None, usage: UsageFacts | None = None) -> Story:
-        request, begun = opened.request, opened.dispatched_at
+        request, begun, admitted = opened.request, opened.dispatched_at, opened.admitted
+        reserved = None
+        if admitted is not None:
+            reserved = Reserved(admitted.prompt_tokens + admitted.output_tokens, admitted.money_micros_max)
         return Story(
             request_id=request.request_id,
             tenant=request.tenant,
+            model=request.model,
             lane=request.lane,
             state=opened.state,
+            arrival=request.arrival,
             error=error,
             ahead=opened.ahead,
             queue_s=None if begun is None else begun - request.arrival,
             capped_s=0.0 if begun is None else opened.capped_s,
+            stuck_s=opened.stuck_s,
+            placed=opened.placed,
             prefill_worker=opened.prefill_worker,
             decode_worker=opened.decode_worker,
-            placed=opened.placed,
+            transport=opened.transport,
+            transfer_bytes=opened.transfer_bytes,
+            transfer_s=opened.transfer_s,
+            local_prefill=opened.local_prefill,
+            ttft_s=None if opened.first_token_at is None else opened.first_token_at - request.arrival,
             preemptions=opened.preemptions,
             retries=opened.retries,
+            reserved=reserved,
             usage=usage,
             lines=tuple((when - request.arrival, what) for when, what in opened.story),
         )
@@ -435,7 +419,7 @@ class State:
         assert len(queued) == self.queued
         assert sum(len(opened.request.prompt) for opened in queued) == self.queued_tokens
         assert len(self.legs) == sum(len(worker.legs) for worker in self.workers.values())
-        assert len(self.history) <= self._history_max
+        self.history.check_integrity()
 
     def _check_worker(self, worker: Worker) -> None:
         assert not worker.gone

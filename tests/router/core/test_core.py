@@ -591,9 +591,9 @@ class TestEnds:
         for i in range(5):
             world.submit(f"r{i}")
             world.settle()
-        history = world.core.state.history
-        assert list(history) == ["r2", "r3", "r4"]
-        story = [what for _, what in history["r4"].story]
+        told = [world.core.explain(f"r{i}") for i in range(5)]
+        assert [story is not None for story in told] == [False, False, True, True, True]
+        story = [what for _, what in told[4].lines]  # type: ignore[union-attr]
         assert story[0].startswith("queued")
         assert story[-1] == "finished"
 

@@ -296,7 +296,14 @@ class TestPlacement:
             assert world.core.state.requests[f"next{number}"].prefill_worker == at
             world.settle()
         assert world.core.stats.prefix_choices == 3
-        assert world.core.explain("next0").placed.endswith("holds the prompt's beginning")  # type: ignore[union-attr]
+        story = world.core.explain("next0")
+        assert story is not None
+        assert story.placed is not None
+        assert story.placed.why.endswith("holds the prompt's beginning")
+        assert (story.placed.chosen.worker_id, story.placed.chosen.cached_tokens) == (at, 192)
+        assert story.placed.runner_up is not None
+        assert story.placed.runner_up.worker_id != at
+        assert story.placed.runner_up.ttft_s > story.placed.chosen.ttft_s
 
     def test_another_salt_knows_nothing_of_it(self) -> None:
         world = World(book=book(Tenant(id="a"), Tenant(id="b"), Tenant(id="c", sharing_group="g")))
@@ -356,7 +363,46 @@ class TestTheStory:
         assert story.usage is not None
         assert story.capped_s == 2.0 == story.queue_s
         assert "secretive" not in str(story)
+        assert story.reserved is not None
+        assert story.reserved.tokens > story.usage.prompt_tokens + story.usage.completion_tokens - 1
         assert world.core.explain("nobody") is None
+
+    def test_it_is_told_to_its_own_tenant_and_to_operators(self) -> None:
+        world = World(book=book(Tenant(id="a"), Tenant(id="b")))
+        world.join("w", B)
+        world.submit("r", tenant="a")
+        for _ in range(2):  # open, then ended
+            assert world.core.explain("r", "a") == world.core.explain("r") is not None
+            assert world.core.explain("r", "b") is None
+            world.settle()
+        world.usage.clear()
+        # Another's request of the same name takes nothing away.
+        world.submit("r", tenant="b")
+        world.settle()
+        assert [world.core.explain("r", tenant).tenant for tenant in ("a", "b")] == ["a", "b"]  # type: ignore[union-attr]
+
+    def test_waiting_as_the_next_in_line_is_told_apart(self) -> None:
+        world = World(book=book(Tenant(id="a")))
+        world.join("w", B, decode_legs=1)
+        world.submit("first", tenant="a")
+        world.submit("second", tenant="a")
+        world.advance(3.0)
+        world.settle()
+        story = world.core.explain("second")
+        assert story is not None
+        assert (story.queue_s, story.stuck_s, story.capped_s) == (3.0, 3.0, 0.0)
+
+    def test_many_refusals_of_one_leave_the_stories_of_others(self) -> None:
+        world = World(book=book(Tenant(id="loud", queue_requests_max=1), Tenant(id="quiet")), history_max=10)
+        world.join("w", B)
+        for number in range(3):
+            world.submit(f"quiet{number}", tenant="quiet")
+            world.settle()
+        world.submit("held", tenant="loud", sampling=LONG)
+        for number in range(50):
+            world.submit(f"loud{number}", tenant="loud", timeout_s=-1.0)
+        assert all(world.core.explain(f"quiet{number}") is not None for number in range(3))
+        assert [world.core.explain(f"loud{number}") is not None for number in (42, 43)] == [False, True]
 
     def test_a_refused_request_has_one_too(self) -> None:
         world = World(book=book(Tenant(id="a", queue_requests_max=1)))
