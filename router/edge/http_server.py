@@ -25,6 +25,9 @@ from router.edge.errors import BodyTooLarge, BodyTooSlow, http_status, openai_er
 #: Of a body past the limit so much is read, and thrown away, before its sender is told: clients that still write
 #: rarely read, and see a broken connection.
 _DISCARD_TIMES = 4
+#: So much, for so long, of a body that nobody asked for: who is refused unread is told, and may use the connection on.
+_DISCARD_BYTES_MAX = 1 << 20
+_DISCARD_S_MAX = 1.0
 _REQUEST_ID_CHARS_MAX = 128
 
 _EVENT_STREAM = (
@@ -54,6 +57,7 @@ class Exchange:
         self._send = send
         self._starting = asyncio.Lock()
         self._started = False
+        self._is_unread = True
         said = self.header("x-request-id")
         own = uuid4().hex
         #: For ids of what is made here.
@@ -70,6 +74,7 @@ class Exchange:
         too_large = declared.isdecimal() and int(declared) > bytes_max
         if too_large and self.header("expect"):
             raise _too_large(bytes_max)  # it has not begun to send
+        self._is_unread = False
         parts: list[bytes] = []
         size, more = 0, True
         try:
@@ -124,9 +129,23 @@ class Exchange:
             await self.done()
             return
         said = http_status(error)
-        # What is left of its body is not worth reading.
-        close = ((b"connection", b"close"),) if isinstance(error, BodyTooLarge | BodyTooSlow) else ()
+        is_whole = await self._discard() if self._is_unread else not isinstance(error, BodyTooLarge | BodyTooSlow)
+        close = () if is_whole else ((b"connection", b"close"),)  # the rest of its body is not worth reading
         await self.reply(said.body, status=said.status, headers=(*said.headers, *close))
+
+    async def _discard(self) -> bool:
+        """Whether the body ended."""
+        if self.header("expect"):
+            return False  # reading would ask for it
+        size = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_S_MAX):
+                while size <= _DISCARD_BYTES_MAX:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect" or not message["more_body"]:
+                        return True
+                    size += len(message["body"])
+        return False
 
     async def _begin(self, status: int, headers: Headers) -> None:
         own = ((b"date", formatdate(usegmt=True).encode()), (b"x-request-id", self.request_id.encode()))
