@@ -49,6 +49,46 @@ class ControlStub:
                 request_serializer=protos_dot_control__pb2.SetWorkerRoleRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.SetWorkerRoleResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/tandem.v1.Control/Explain',
+                request_serializer=protos_dot_control__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.RequestStory.FromString,
+                _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/tandem.v1.Control/ListTenants',
+                request_serializer=protos_dot_control__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
+        self.AddTenant = channel.unary_unary(
+                '/tandem.v1.Control/AddTenant',
+                request_serializer=protos_dot_control__pb2.AddTenantRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.Tenant.FromString,
+                _registered_method=True)
+        self.SetTenant = channel.unary_unary(
+                '/tandem.v1.Control/SetTenant',
+                request_serializer=protos_dot_control__pb2.SetTenantRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.Tenant.FromString,
+                _registered_method=True)
+        self.RemoveTenant = channel.unary_unary(
+                '/tandem.v1.Control/RemoveTenant',
+                request_serializer=protos_dot_control__pb2.RemoveTenantRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.RemoveTenantResponse.FromString,
+                _registered_method=True)
+        self.ListKeys = channel.unary_unary(
+                '/tandem.v1.Control/ListKeys',
+                request_serializer=protos_dot_control__pb2.ListKeysRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ListKeysResponse.FromString,
+                _registered_method=True)
+        self.CreateKey = channel.unary_unary(
+                '/tandem.v1.Control/CreateKey',
+                request_serializer=protos_dot_control__pb2.CreateKeyRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.CreateKeyResponse.FromString,
+                _registered_method=True)
+        self.RevokeKey = channel.unary_unary(
+                '/tandem.v1.Control/RevokeKey',
+                request_serializer=protos_dot_control__pb2.RevokeKeyRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.RevokeKeyResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -72,6 +112,59 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request was served as it was. Operators may ask about all, others about their own tenant's; NOT_FOUND for
+        what they may not see, what never was, and what ended too long ago.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTenants(self, request, context):
+        """The tenants' file and the key file of this router, changed in place. What `tandem tenant` would refuse is refused
+        with INVALID_ARGUMENT and every reason, and all stays as it was. FAILED_PRECONDITION where this router has no such
+        file or may not write it: then tenants are managed elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddTenant(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTenant(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveTenant(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListKeys(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateKey(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeKey(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -89,6 +182,46 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.SetWorkerRole,
                     request_deserializer=protos_dot_control__pb2.SetWorkerRoleRequest.FromString,
                     response_serializer=protos_dot_control__pb2.SetWorkerRoleResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_control__pb2.ExplainRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.RequestStory.SerializeToString,
+            ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=protos_dot_control__pb2.ListTenantsRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ListTenantsResponse.SerializeToString,
+            ),
+            'AddTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddTenant,
+                    request_deserializer=protos_dot_control__pb2.AddTenantRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.Tenant.SerializeToString,
+            ),
+            'SetTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTenant,
+                    request_deserializer=protos_dot_control__pb2.SetTenantRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.Tenant.SerializeToString,
+            ),
+            'RemoveTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveTenant,
+                    request_deserializer=protos_dot_control__pb2.RemoveTenantRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.RemoveTenantResponse.SerializeToString,
+            ),
+            'ListKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKeys,
+                    request_deserializer=protos_dot_control__pb2.ListKeysRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ListKeysResponse.SerializeToString,
+            ),
+            'CreateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateKey,
+                    request_deserializer=protos_dot_control__pb2.CreateKeyRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.CreateKeyResponse.SerializeToString,
+            ),
+            'RevokeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeKey,
+                    request_deserializer=protos_dot_control__pb2.RevokeKeyRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.RevokeKeyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -172,6 +305,222 @@ class Control:
             '/tandem.v1.Control/SetWorkerRole',
             protos_dot_control__pb2.SetWorkerRoleRequest.SerializeToString,
             protos_dot_control__pb2.SetWorkerRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Control/Explain',
+            protos_dot_control__pb2.ExplainRequest.SerializeToString,
+            protos_dot_control__pb2.RequestStory.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Control/ListTenants',
+            protos_dot_control__pb2.ListTenantsRequest.SerializeToString,
+            protos_dot_control__pb2.ListTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Control/AddTenant',
+            protos_dot_control__pb2.AddTenantRequest.SerializeToString,
+            protos_dot_control__pb2.Tenant.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Control/SetTenant',
+            protos_dot_control__pb2.SetTenantRequest.SerializeToString,
+            protos_dot_control__pb2.Tenant.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Control/RemoveTenant',
+            protos_dot_control__pb2.RemoveTenantRequest.SerializeToString,
+            protos_dot_control__pb2.RemoveTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Control/ListKeys',
+            protos_dot_control__pb2.ListKeysRequest.SerializeToString,
+            protos_dot_control__pb2.ListKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Control/CreateKey',
+            protos_dot_control__pb2.CreateKeyRequest.SerializeToString,
+            protos_dot_control__pb2.CreateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Control/RevokeKey',
+            protos_dot_control__pb2.RevokeKeyRequest.SerializeToString,
+            protos_dot_control__pb2.RevokeKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,
