@@ -17,9 +17,13 @@ from google.rpc import error_details_pb2 as details
 from google.rpc import status_pb2
 
 from router.core import errors
+from router.core.quota import OverQuota
 from router.edge.admit import PastContext
 
 DOMAIN = "tandem"
+
+#: gRPC's own retry policy waits as long as it is told to, inside the call. Past this, a client had better be told.
+_PUSHBACK_MAX_S = 120.0
 
 T = TypeVar("T")
 
@@ -84,9 +88,16 @@ def grpc_status(error: errors.TandemError) -> GrpcStatus:
     code = answers(error).grpc
     status = status_pb2.Status(code=code.value[0], message=error.message, details=map(_packed, _details(error)))
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
-    if error.retry_after_s is not None:
-        trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
+    if (pushback := _pushback_ms(error)) is not None:
+        trailers.append(("grpc-retry-pushback-ms", str(pushback)))
     return GrpcStatus(code, error.message, tuple(trailers))
+
+
+def _pushback_ms(error: errors.TandemError) -> int | None:
+    """What gRPC's retry policy is told: to wait, not to try again (-1), or nothing, so that its own backoff counts."""
+    if error.retry_after_s is not None and error.retry_after_s <= _PUSHBACK_MAX_S:
+        return round(error.retry_after_s * 1000)
+    return -1 if error.retry_after_s is not None or isinstance(error, errors.Rejected) else None
 
 
 class HttpStatus(NamedTuple):
@@ -157,6 +168,17 @@ def _details(error: errors.TandemError) -> list[Message]:
         found.append(details.BadRequest(field_violations=[violation]))
     elif isinstance(error, errors.NotFound):
         found.append(details.ResourceInfo(resource_type=error.kind, resource_name=error.name))
+    elif isinstance(error, OverQuota):
+        quota = error.quota
+        info.metadata.update(limit=quota.limit, tenant=quota.tenant)
+        violation = details.QuotaFailure.Violation(
+            subject=f"tenant:{quota.tenant}",
+            description=error.message,
+            quota_metric=f"{DOMAIN}/{quota.unit}",
+            quota_id=quota.limit,
+            quota_value=round(quota.value),
+        )
+        found.append(details.QuotaFailure(violations=[violation]))
     if error.retry_after_s is not None:
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_s * 1e9))
