@@ -11,6 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+#: Protocols that others define are loaded into a pool of their own, see protos/compat/pool.py.
+_DEFAULT_POOL = "from google.protobuf import descriptor_pool as _descriptor_pool\n"
+_OWN_POOL = "from protos.compat import pool as _descriptor_pool\n"
+
 
 def sources() -> list[Path]:
     """Every .proto file, relative to the root."""
@@ -39,6 +43,9 @@ def generate(target: Path) -> None:
     )
     if done.returncode != 0:
         raise SystemExit(f"protoc ended with status {done.returncode}")
+    for module in target.glob("protos/compat/*_pb2.py"):
+        code = module.read_text()
+        module.write_text(code.replace(_DEFAULT_POOL, _OWN_POOL))
 
 
 if __name__ == "__main__":
