@@ -12,7 +12,7 @@ FACTS = QuotaFacts(tenant="acme", limit="tokens_per_minute", unit="tokens", valu
 
 def details(error: errors.TandemError) -> tuple[dict[str, object], dict[str, str | bytes]]:
     trailers = dict(grpc_status(error).trailers)
-    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])  # type: ignore[arg-type]
+    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     found: dict[str, object] = {}
     for detail in status.details:
         kind = getattr(error_details_pb2, detail.TypeName().rpartition(".")[2])
