@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from trust.tls import TlsFiles
+
 
 class FinishReason(Enum):
     STOP = "stop"
@@ -41,6 +43,26 @@ class LegError(Exception):
         self.detail = detail
 
 
+class StructureKind(Enum):
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    #: EBNF, with a rule called root.
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What the whole answer must look like. `text` is the schema, expression or grammar."""
+
+    kind: StructureKind
+    text: str = ""
+
+
+#: What not every engine can do, by the names that `ModelInfo.features` has.
+STRUCTURE, LOGIT_BIAS = "structure", "logit_bias"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are chosen and when to stop. Validated by the router; engines may trust it.
@@ -62,6 +84,9 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    structure: Structure | None = None
+    #: Added to tokens' logits before anything else.
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +106,8 @@ class ModelInfo:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    #: What requests may ask for beyond what every engine does.
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +232,9 @@ class EngineOptions:
     #: Authenticates handles and peers; the same in all workers of a cluster.
     cluster_secret: bytes = field(repr=False)
     kv_host: str = "127.0.0.1"
+    #: What this worker shows to routers and to its peers, and whom it believes: on its links, and on the ways of KV
+    #: that go over a network.
+    tls: TlsFiles = TlsFiles()
     #: Allowed transports, best first; what this machine lacks is left out. A pair takes the first that both have.
     transports: tuple[str, ...] = ("nixl", "shm", "tcp")
     block_tokens: int = 32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import msgspec
 from router.core.limits import CoreLimits
 from router.core.tenant import BookRefused
 from router.tenants import read_book
+from trust.tls import TlsFiles, is_loopback
 
 #: gRPC frames a message's length in 32 bits; past 1 GiB every message is a mistake.
 _MESSAGE_BYTES_MAX = 1 << 30
@@ -150,24 +150,17 @@ class AuthConfig:
         return Path(self.pepper_file) if self.pepper_file else Path(self.keys_file).with_name("pepper")
 
 
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     #: A model directory with tokenizer.json; the router needs no weights.
     model_dir: str
     model_name: str
     router_id: str = "router"
-    #: Clients, operators and workers all come to this port; 0 takes any free one.
+    #: Clients and operators come to this port, and workers unless they have one of their own; 0 takes any free one.
     host: str = "127.0.0.1"
     port: int = 50051
+    #: host:port for workers alone, so that networks can keep others away from it; port 0 takes any free one.
+    worker_listen: str = ""
     #: Prometheus metrics over HTTP; None serves none, 0 takes any free port.
     metrics_port: int | None = None
     #: OpenAI's protocol over HTTP, and metrics; None serves none, 0 takes any free port.
@@ -180,6 +173,15 @@ class RouterConfig:
     #: SHA-256, in hex, of a key that may do what operators do: of whoever started this process. Empty: there is none.
     operator_key_hash: str = ""
     auth: AuthConfig = field(default_factory=AuthConfig)
+    #: By this both ends of a worker's link prove that they are of one cluster: `trust.join.join_key` of its secret.
+    #: Empty, on this machine's own addresses only: whoever reaches the port may be a worker.
+    join_key: bytes = field(default=b"", repr=False)
+    #: Names (SPIFFE ids, DNS) in verified certificates that make their holder a worker without such a proof.
+    worker_certificates: tuple[str, ...] = ()
+    #: Of the ports for clients, operators and metrics.
+    tls: TlsFiles = TlsFiles()
+    #: Of `worker_listen`.
+    worker_tls: TlsFiles = TlsFiles()
     limits: CoreLimits = field(default_factory=CoreLimits)
     requests: RequestLimits = field(default_factory=RequestLimits)
     http: HttpLimits = field(default_factory=HttpLimits)
@@ -212,6 +214,7 @@ class RouterConfig:
                 "load_report_interval_s: must be more than 0 and less than half of limits.silence_s_max "
                 f"({self.limits.silence_s_max}), is {self.load_report_interval_s}"
             )
+        found += self._tls_problems() + self._join_problems()
         if self.shutdown_grace_s < 0:
             found.append(f"shutdown_grace_s: must not be negative, is {self.shutdown_grace_s}")
         if not (Path(self.model_dir) / "tokenizer.json").is_file():
@@ -223,6 +226,26 @@ class RouterConfig:
         if self.log_level not in levels:
             found.append(f"log_level: must be one of {', '.join(levels)}, is {self.log_level!r}")
         return found
+
+    def _tls_problems(self) -> list[str]:
+        found = [f"tls.{problem}" for problem in self.tls.problems() + self.tls.listen_problems(self.host)]
+        if not self.worker_listen:
+            return found
+        host, colon, port = self.worker_listen.rpartition(":")
+        if not (host and colon and port.isascii() and port.isdigit() and int(port) < 65_536):
+            return [*found, f"worker_listen: {self.worker_listen!r} is not host:port"]
+        problems = self.worker_tls.problems() + self.worker_tls.listen_problems(host)
+        return found + [f"worker_tls.{problem}" for problem in problems]
+
+    def _join_problems(self) -> list[str]:
+        """Whoever joins sees every prompt it is given and makes up answers."""
+        tls = self.worker_tls if self.worker_listen else self.tls
+        host = self.worker_listen.rpartition(":")[0] if self.worker_listen else self.host
+        if self.worker_certificates and not tls.require_client_cert:
+            return ["worker_certificates: needs a port that requires clients' certificates (require_client_cert)"]
+        if self.join_key or self.worker_certificates or (self.auth.mode == "none" and is_loopback(host)):
+            return []
+        return ["join_key: must be given, or worker_certificates: without them anybody there could be a worker"]
 
 
 def _book_problems(file: str) -> list[str]:
@@ -250,6 +273,8 @@ def with_absolute_paths(config: RouterConfig) -> RouterConfig:
         tenants_file=_absolute(config.tenants_file),
         budget_journal=_absolute(config.budget_journal),
         auth=auth,
+        tls=config.tls.absolute(),
+        worker_tls=config.worker_tls.absolute(),
     )
 
 

@@ -7,6 +7,8 @@ The sections are the processes' own dataclasses, so a new field there is a new k
     [worker]      worker.config.WorkerConfig, for every worker
     [engine]      engine.base.EngineOptions, for every worker's engine
     [supervisor]  tandem.supervisor.RestartPolicy
+    [tls]         trust.tls.TlsFiles, for what processes say to each other; [router.tls], for clients, is the same
+                  unless it is given
 
 A value comes from the file, else the environment (`TANDEM_ROUTER_PORT` for `router.port`), else a flag; the last of
 them wins. Everything wrong is reported at once.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeVar
@@ -26,6 +28,7 @@ from router.config import RouterConfig
 from tandem import settings
 from tandem.settings import ConfigError, Given, Key
 from tandem.supervisor import RestartPolicy
+from trust.tls import TlsFiles
 from worker.config import Role, WorkerConfig
 
 T = TypeVar("T")
@@ -40,9 +43,9 @@ API_KEY_VARIABLE = "TANDEM_API_KEY"
 OTHER_VARIABLES = (CONFIG_FILE_VARIABLE, ADDRESS_VARIABLE, STATE_DIR_VARIABLE, API_KEY_VARIABLE)
 
 #: What is decided for each process, rather than by the user for all of them.
-_ROUTER_FIXED = ("model_dir", "model_name", "operator_key_hash")
+_ROUTER_FIXED = ("model_dir", "model_name", "operator_key_hash", "join_key", "worker_tls")
 _WORKER_FIXED = ("role", "routers", "engine", "engine_options")
-_ENGINE_FIXED = ("name", "model", "served_model_name", "cluster_secret")
+_ENGINE_FIXED = ("name", "model", "served_model_name", "cluster_secret", "tls")
 
 _WORKERS_MAX = 64
 _SECRET_BYTES_MIN = 16
@@ -126,6 +129,7 @@ def _keys() -> Iterator[Key]:
     yield from settings.keys(WorkerConfig, "worker", skip=_WORKER_FIXED)
     yield from settings.keys(EngineOptions, "engine", skip=_ENGINE_FIXED)
     yield from settings.keys(RestartPolicy, "supervisor")
+    yield from settings.keys(TlsFiles, "tls")
 
 
 #: Everything that can be set, by its name in the file.
@@ -139,12 +143,15 @@ class Config:
     cluster: ClusterConfig
     router: RouterConfig
     supervisor: RestartPolicy
+    tls: TlsFiles
     #: What somebody set, by key, and where.
     given: Mapping[str, Given]
 
     def worker(self, *, worker_id: str, role: Role, routers: tuple[str, ...], secret: bytes) -> WorkerConfig:
         """What one worker is told."""
-        return _worker(self.given, self.cluster, worker_id=worker_id, role=role, routers=routers, secret=secret)
+        return _worker(
+            self.given, self.cluster, self.tls, worker_id=worker_id, role=role, routers=routers, secret=secret
+        )
 
     def as_toml(self) -> str:
         """The configuration in force as a file that can be loaded again, each value with its origin."""
@@ -207,18 +214,19 @@ def _checked(given: Mapping[str, Given]) -> Config:
     cluster = valid(lambda: settings.build(ClusterConfig, "cluster", given))
     # What is wrong with the cluster's section is no reason to be silent about the others.
     standing_in = cluster or ClusterConfig(engine="sim")
-    router = valid(lambda: _router(given, standing_in))
+    tls = valid(lambda: _tls(given)) or TlsFiles(insecure=True)
+    router = valid(lambda: _router(given, standing_in, tls))
     supervisor = valid(lambda: settings.build(RestartPolicy, "supervisor", given))
     # A worker of both roles breaks every rule that one of either would.
     worker = valid(
         lambda: _worker(
-            given, standing_in, worker_id="any", role=Role.BOTH, routers=("localhost:1",), secret=b"any secret"
+            given, standing_in, tls, worker_id="any", role=Role.BOTH, routers=("localhost:1",), secret=b"any secret"
         )
     )
     if cluster and router and supervisor and worker and not problems:
         problems += [settings.locate(line, given) for line in _relations(cluster, router, worker, supervisor)]
         if not problems:
-            return Config(cluster=cluster, router=router, supervisor=supervisor, given=given)
+            return Config(cluster=cluster, router=router, supervisor=supervisor, tls=tls, given=given)
     raise ConfigError(problems)
 
 
@@ -256,6 +264,16 @@ def _relations(
             f"worker.stop_timeout_s: {worker.stop_timeout_s:g} is not less than "
             f"supervisor.stop_grace_s: {supervisor.stop_grace_s:g}; workers would be killed while their engines stop"
         )
+    workers_port = router.worker_tls if router.worker_listen else router.tls
+    if workers_port.serves and not worker.engine_options.tls.dials:
+        found.append(
+            "tls.ca: must say who vouches for router.tls.cert, as workers come to that port, too; or give workers one "
+            "of their own with router.worker_listen"
+        )
+    if worker.engine_options.tls.dials and not workers_port.serves:
+        found.append(
+            "tls.cert: must be given with tls.ca: workers would expect TLS of a router that has no certificate"
+        )
     workers = cluster.prefill_workers + cluster.decode_workers
     for name, address in (("health_address", worker.health_address), ("metrics_address", worker.metrics_address)):
         if address and not address.endswith(":0") and workers > 1:
@@ -263,14 +281,31 @@ def _relations(
     return found
 
 
-def _router(given: Mapping[str, Given], cluster: ClusterConfig) -> RouterConfig:
-    fixed = {"model_dir": str(cluster.model.resolve()), "model_name": cluster.model_name, "operator_key_hash": ""}
+def _tls(given: Mapping[str, Given]) -> TlsFiles:
+    tls = settings.build(TlsFiles, "tls", given)
+    if problems := tls.problems():
+        raise ConfigError([settings.locate(f"tls.{problem}", given) for problem in problems])
+    return tls.absolute()  # processes run in folders of their own
+
+
+def _router(given: Mapping[str, Given], cluster: ClusterConfig, tls: TlsFiles) -> RouterConfig:
+    fixed: dict[str, object] = {
+        "model_dir": str(cluster.model.resolve()),
+        "model_name": cluster.model_name,
+        "operator_key_hash": "",
+        # Every run has a secret, from which the real one is made when it starts.
+        "join_key": b"to come",
+        "worker_tls": replace(tls, require_client_cert=bool(tls.cert and tls.ca)),
+    }
+    if not any(key.startswith("router.tls.") for key in given):
+        fixed["tls"] = tls
     return settings.build(RouterConfig, "router", given, fixed)
 
 
 def _worker(
     given: Mapping[str, Given],
     cluster: ClusterConfig,
+    tls: TlsFiles,
     *,
     worker_id: str,
     role: Role,
@@ -286,6 +321,7 @@ def _worker(
             "model": str(cluster.model.resolve()),
             "served_model_name": cluster.model_name,
             "cluster_secret": secret,
+            "tls": tls,
         },
     )
     return settings.build(

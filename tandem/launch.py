@@ -23,6 +23,7 @@ from tandem.local import ROUTER, PortRefused, choose_port
 from tandem.settings import Given
 from tandem.supervisor import ChildSpec
 from tandem.up import Plan
+from trust.join import join_key
 from worker.config import Role, WorkerConfig
 from worker.config import to_json as worker_to_json
 
@@ -66,7 +67,9 @@ def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Pl
         secret = cluster.secret_file.read_bytes().strip() if cluster.secret_file else secrets.token_bytes(32)
         operator_key = rundir.make_operator_key(run_dir)
         router = dataclasses.replace(
-            with_absolute_paths(router), operator_key_hash=hashlib.sha256(operator_key.encode()).hexdigest()
+            with_absolute_paths(router),
+            operator_key_hash=hashlib.sha256(operator_key.encode()).hexdigest(),
+            join_key=join_key(secret),
         )
         specs = [_router_spec(router, run_dir)]
         for role, count in ((Role.PREFILL, cluster.prefill_workers), (Role.DECODE, cluster.decode_workers)):

@@ -123,6 +123,11 @@ class WorkerConfig:
         for name, address in (("health_address", self.health_address), ("metrics_address", self.metrics_address)):
             if address and not is_address(address):
                 found.append(f"{name}: {address!r} is not host:port")
+        tls = self.engine_options.tls
+        tls_problems = tls.problems() + tls.listen_problems(self.engine_options.kv_host)
+        for address in self.routers:
+            tls_problems += tls.dial_problems(address.rpartition(":")[0])
+        found += [f"engine_options.tls.{problem}" for problem in dict.fromkeys(tls_problems)]
         if self.peers_met_at_once < 1:
             found.append(f"peers_met_at_once: must be at least 1, is {self.peers_met_at_once}")
         if not 0 <= self.drain_grace_s < float("inf"):

@@ -7,9 +7,10 @@ import ast
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-#: The packages of the product, each with those it may import besides itself and `protos`.
+#: The packages of the product, each with those it may import besides itself, `protos` and `trust`.
 MAY_IMPORT = {
     "protos": set(),
+    "trust": set(),
     "kv_transfer": set(),
     "engine": {"kv_transfer"},
     "prefill": {"engine", "kv_transfer"},
@@ -90,7 +91,7 @@ def judge_import(path: str, module: str) -> Iterator[str]:
     package, file = PurePosixPath(path).parts[0], PurePosixPath(path).name
     library = module.split(".")[0]
 
-    if library in MAY_IMPORT and library not in {package, "protos"} | MAY_IMPORT[package]:
+    if library in MAY_IMPORT and library not in {package, "protos", "trust"} | MAY_IMPORT[package]:
         yield f"imports {module}: {package} may not depend on {library}"
     if library in ONLY_IN and not path.startswith(ONLY_IN[library]):
         yield f"imports {module}: {library} is for {' and '.join(ONLY_IN[library])}"

@@ -32,6 +32,8 @@ def test_package_imports_only_what_it_may(package: str) -> None:
         ("router/core/state.py", "from ..wire import to_request"),
         ("router/core/state.py", "import router.config"),
         ("router/core/state.py", "import asyncio"),
+        ("router/core/state.py", "from trust.tls import TlsFiles"),
+        ("trust/tls.py", "from router.config import RouterConfig"),
         ("router/core/state.py", "from time import monotonic"),
         ("router/core/state.py", "from google.protobuf import message"),
         ("router/core/policy/fair.py", "import threading"),
@@ -60,6 +62,7 @@ def test_forbidden_import_is_found(path: str, source: str) -> None:
         ("router/core/state.py", "from random import Random\nimport random\nrandom.Random(7).random()"),
         ("router/core/state.py", "from . import events\nfrom router.core.errors import Invalid"),
         ("engine/vllm.py", "import torch\nimport vllm"),
+        ("kv_transfer/node.py", "from trust.tls import Tls"),
         ("kv_transfer/nixl.py", "from nixl_cu12 import _api"),
     ],
 )

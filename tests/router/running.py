@@ -22,6 +22,7 @@ MODEL = "nano"
 CONTEXT = 4096
 VOCAB = 4096
 WAIT_S = 20.0
+JOIN_KEY = b"only those who know this are workers"
 GENERATE = "/tandem.v1.Inference/Generate"
 
 PREFILL, DECODE, BOTH = worker_link_pb2.ROLE_PREFILL, worker_link_pb2.ROLE_DECODE, worker_link_pb2.ROLE_BOTH
@@ -205,7 +206,7 @@ class Router:
 async def running(
     limits: CoreLimits | None = None, requests: RequestLimits | None = None, **changes: object
 ) -> AsyncIterator[Router]:
-    values = {"port": 0, "shutdown_grace_s": 0.0, "load_report_interval_s": 0.05, **changes}
+    values = {"port": 0, "shutdown_grace_s": 0.0, "load_report_interval_s": 0.05, "join_key": JOIN_KEY, **changes}
     config = RouterConfig(
         model_dir=str(MODEL_DIR),
         model_name=MODEL,

@@ -27,7 +27,8 @@ from router.edge.errors import http_status
 from router.edge.identity import Caller, Identity, Presented, Scope
 from router.edge.keys import KeysRefused, KeyStore, KeyVerifier
 from tandem.errors import PermissionDenied, TandemError, Unauthenticated, error_from_rpc
-from tests.router.running import MODEL, MODEL_DIR, WAIT_S, Router, running
+from tests.router.running import JOIN_KEY, MODEL, MODEL_DIR, WAIT_S, Router, running
+from trust.tls import TlsFiles
 
 TENANTS = """
 [tenants.acme]
@@ -323,7 +324,8 @@ class TestWithoutAuthentication:
         values = {"model_dir": str(MODEL_DIR), "model_name": MODEL, "host": host}
         with pytest.raises(ValueError, match=r"auth\.mode: is none, and .* can be reached from other machines"):
             RouterConfig(**values)  # type: ignore[arg-type]
-        RouterConfig(**values, auth=AuthConfig(allow_unauthenticated=True))  # type: ignore[arg-type]
+        asked_for = {"tls": TlsFiles(insecure=True), "join_key": JOIN_KEY}
+        RouterConfig(**values, **asked_for, auth=AuthConfig(allow_unauthenticated=True))  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.1.2.3"])
     def test_this_machine_is_fine(self, host: str) -> None:
@@ -337,12 +339,21 @@ class TestWithoutAuthentication:
                 auth=AuthConfig(mode="keys", keys_file=str(tmp_path / "keys.json")),
             )
         found = str(caught.value).splitlines()
-        assert [line.partition(":")[0] for line in found] == ["auth.keys_file", "auth.pepper_file", "tenants_file"]
+        assert [line.partition(":")[0] for line in found] == [
+            "auth.keys_file",
+            "auth.pepper_file",
+            "tenants_file",
+            "join_key",
+        ]
 
 
 def test_a_router_does_not_start_on_a_file_that_it_cannot_trust(files: Files) -> None:
     config = RouterConfig(
-        model_dir=str(MODEL_DIR), model_name=MODEL, tenants_file=str(files.tenants), auth=files.auth()
+        model_dir=str(MODEL_DIR),
+        model_name=MODEL,
+        tenants_file=str(files.tenants),
+        auth=files.auth(),
+        join_key=JOIN_KEY,
     )
     assert open_access(config).book.tenant("acme")
     files.keys.chmod(0o604)

@@ -36,8 +36,8 @@ def test_defaults_are_valid_and_name_the_shipped_model() -> None:
     assert plain.cluster.model_name == plain.router.model_name == "tandem-nano"
     assert plain.router.port == 50051
     assert plain.router.model_dir == str(SHIPPED_MODEL)
-    worker = plain.worker(worker_id="decode-1", role=Role.DECODE, routers=("r:1",), secret=b"s")
-    assert (worker.worker_id, worker.role, worker.routers) == ("decode-1", Role.DECODE, ("r:1",))
+    worker = plain.worker(worker_id="decode-1", role=Role.DECODE, routers=("localhost:1",), secret=b"s")
+    assert (worker.worker_id, worker.role, worker.routers) == ("decode-1", Role.DECODE, ("localhost:1",))
     assert worker.engine_options.model == str(SHIPPED_MODEL)
     assert worker.engine_options.served_model_name == "tandem-nano"
 
@@ -52,7 +52,7 @@ def test_file_environment_and_flags_win_in_this_order(tmp_path: Path) -> None:
     assert loaded.given["router.port"].origin == "--port"
     assert loaded.given["router.router_id"].origin == "TANDEM_ROUTER_ROUTER_ID"
     assert loaded.given["router.host"].origin.endswith("t.toml:4")
-    worker = loaded.worker(worker_id="w", role=Role.BOTH, routers=("r:1",), secret=b"s")
+    worker = loaded.worker(worker_id="w", role=Role.BOTH, routers=("localhost:1",), secret=b"s")
     assert worker.engine_options.seed == 4
 
 
@@ -118,7 +118,7 @@ def test_every_variable_means_one_key() -> None:
 
 def test_secrets_are_neither_keys_nor_shown() -> None:
     assert not [name for name in KEYS if name.endswith("secret")]
-    worker = load().worker(worker_id="w", role=Role.BOTH, routers=("r:1",), secret=b"hush")
+    worker = load().worker(worker_id="w", role=Role.BOTH, routers=("localhost:1",), secret=b"hush")
     assert "hush" not in repr(worker)
 
 
@@ -143,7 +143,7 @@ def test_what_the_command_prints_is_a_file_that_says_the_same(tmp_path: Path) ->
     again = config.load(_write(tmp_path, changed.as_toml()), {}, {})
     assert again.router == changed.router
     assert again.router.limits.retry_after_s == 2
-    worker = again.worker(worker_id="w", role=Role.BOTH, routers=("r:1",), secret=b"s")
+    worker = again.worker(worker_id="w", role=Role.BOTH, routers=("localhost:1",), secret=b"s")
     assert worker.labels == {"zone": "a"}
     assert worker.engine_options.max_model_len == 99
     assert re.search(r"^retry_after_s = 2.0 +# .*t.toml:2$", changed.as_toml(), re.MULTILINE)

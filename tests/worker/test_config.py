@@ -9,7 +9,7 @@ from prefill.admission import PrefillLimits
 from tests.worker.running import worker_config
 from worker.config import LinkSettings, LogSettings, Role, WorkerConfig, from_json, to_json
 
-CONFIG = worker_config("127.0.0.1:7000", "router:7000")
+CONFIG = worker_config("127.0.0.1:7000", "localhost:7000")
 
 
 @pytest.mark.parametrize(
@@ -78,5 +78,5 @@ def test_a_configuration_that_is_wrong_does_not_arrive() -> None:
 
 def test_the_secret_is_not_shown() -> None:
     options = EngineOptions(name="w", model="/m", served_model_name="m", cluster_secret=b"hush")
-    config = WorkerConfig(role=Role.BOTH, routers=("a:1",), engine="sim", engine_options=options)
+    config = WorkerConfig(role=Role.BOTH, routers=("localhost:1",), engine="sim", engine_options=options)
     assert "hush" not in repr(config)

@@ -1,0 +1,296 @@
+"""TLS from files that may change while a process runs.
+
+    files = TlsFiles(cert="node.pem", key="node.key", ca="ca.pem")
+    tls = Tls(files)                        raises TlsRefused for what can't be used
+    server.add_secure_port(address, tls.server_credentials())
+    grpc.aio.secure_channel(address, tls.channel_credentials(), options=tls.channel_options())
+
+New connections use what the files hold at that time: gRPC servers look by themselves, others call `refresh` and make
+new contexts. Files that can't be used (half written, a key of another certificate, expired) are refused with the reason
+in the log, once, and what was read before stays in force.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+
+_FILE_BYTES_MAX = 1 << 20
+#: Files are looked at no more often.
+_LOOK_INTERVAL_S = 1.0
+
+_INSTEAD = (
+    "Whoever is on the way could read and change everything. Set them (docs/security.md tells how), or insecure = true "
+    "where the network itself is trusted"
+)
+
+_log = logging.getLogger(__name__)
+
+
+class TlsRefused(ValueError):
+    """These files can't be used; says which and why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """Paths of PEM files, and what is asked of the other side. Empty: no TLS."""
+
+    #: What this process shows: its certificate, then those that lead from it to its authority.
+    cert: str = ""
+    #: Of that certificate. For its owner only (0600), or a group (0640).
+    key: str = ""
+    #: Certificates of the authorities believed when others show theirs. Empty: the system's for servers that are
+    #: dialled, none for clients.
+    ca: str = ""
+    #: Of who connects: a certificate that `ca` vouches for. gRPC can't ask for one without requiring it; HTTP asks
+    #: whenever there is a `ca`.
+    require_client_cert: bool = False
+    #: A name that servers' certificates must carry, in place of the address dialled.
+    server_name: str = ""
+    #: Plaintext where other machines can listen in.
+    insecure: bool = False
+
+    @property
+    def serves(self) -> bool:
+        """Servers speak TLS."""
+        return bool(self.cert)
+
+    @property
+    def dials(self) -> bool:
+        """Clients speak TLS."""
+        return bool(self.cert or self.ca)
+
+    def problems(self) -> list[str]:
+        """One line each, beginning with the key."""
+        found = []
+        if bool(self.cert) != bool(self.key):
+            found.append(f"{'key' if self.cert else 'cert'}: must be given, too: a certificate and its key go together")
+        if self.require_client_cert and not (self.ca and self.cert):
+            found.append("require_client_cert: needs cert, key and ca")
+        if self.insecure and self.cert:
+            found.append("insecure: is true, yet there is a cert: take one of them away")
+        if not found:
+            try:
+                load(self)
+            except TlsRefused as refused:
+                found.append(str(refused))
+        return found
+
+    def listen_problems(self, host: str) -> list[str]:
+        """Why a server on this address may not speak plaintext."""
+        if self.serves or self.insecure or is_loopback(host):
+            return []
+        return [f"cert: is not set, and {host} can be reached from other machines. {_INSTEAD}"]
+
+    def dial_problems(self, host: str) -> list[str]:
+        """Why a client may not speak plaintext to it."""
+        if self.dials or self.insecure or is_loopback(host):
+            return []
+        return [f"ca: is not set, nor cert, and {host} is another machine. {_INSTEAD}"]
+
+    def absolute(self) -> TlsFiles:
+        """For a process that will run in another folder."""
+        paths = {name: str(Path(path).absolute()) for name in ("cert", "key", "ca") if (path := getattr(self, name))}
+        return replace(self, **paths)  # type: ignore[arg-type]  # paths only
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What the files held at one time; it fits together."""
+
+    cert: bytes
+    key: bytes
+    #: None: the system's.
+    ca: bytes | None
+    #: When the certificate ends, in seconds since 1970; None without one.
+    expires: float | None
+
+
+def load(files: TlsFiles) -> Material:
+    """Raises TlsRefused, its text beginning with the key of the file at fault."""
+    ca = _read("ca", files.ca) if files.ca else None
+    if ca is not None:
+        _check_ca(files.ca)
+    if not files.cert:
+        return Material(b"", b"", ca, None)
+    cert, key = _read("cert", files.cert), _read("key", files.key, private=True)
+    return Material(cert, key, ca, _check_pair(files, cert, key))
+
+
+def _read(name: str, path: str, *, private: bool = False) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            if private and os.fstat(file.fileno()).st_mode & 0o007:
+                raise TlsRefused(f"{name}: {path} may be used by everybody on this machine; chmod 600 it")
+            content = file.read(_FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise TlsRefused(f"{name}: {path} cannot be read: {error.strerror}") from None
+    if len(content) > _FILE_BYTES_MAX:
+        raise TlsRefused(f"{name}: {path} is larger than {_FILE_BYTES_MAX} bytes")
+    return content
+
+
+def _check_ca(path: str) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except (OSError, ssl.SSLError) as error:
+        raise TlsRefused(f"ca: {path} holds no certificates in PEM: {error}") from None
+
+
+def _check_pair(files: TlsFiles, cert: bytes, key: bytes) -> float:
+    """When the certificate ends."""
+    # Here, as only processes with TLS need it.
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        chain = x509.load_pem_x509_certificates(cert)
+    except ValueError:
+        raise TlsRefused(f"cert: {files.cert} holds no certificate in PEM") from None
+    try:
+        private = serialization.load_pem_private_key(key, None)
+    except (ValueError, TypeError):  # the latter for one with a password
+        raise TlsRefused(f"key: {files.key} holds no private key in PEM, or one with a password") from None
+    public = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    if private.public_key().public_bytes(*public) != chain[0].public_key().public_bytes(*public):
+        raise TlsRefused(f"key: {files.key} is not the key of the certificate in {files.cert}")
+    begins, ends = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc
+    if not begins <= datetime.now(UTC) < ends:
+        raise TlsRefused(f"cert: {files.cert} is valid from {begins:%Y-%m-%d %H:%M} to {ends:%Y-%m-%d %H:%M} UTC only")
+    return ends.timestamp()
+
+
+class Tls:
+    """One process's TLS, as its files are now. Thread-safe: gRPC asks from threads of its own."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        """Raises TlsRefused."""
+        self.files = files
+        self._lock = threading.Lock()
+        self._seen = _signature(files)
+        self._looked_at = time.monotonic()
+        self._material = load(files)
+
+    @property
+    def material(self) -> Material:
+        """What is in force."""
+        return self._material
+
+    def refresh(self) -> Material:
+        """Looks at the files, unless somebody did within the last second; what is in force now."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked_at >= _LOOK_INTERVAL_S:
+                self._looked_at = now
+                self._look()
+            return self._material
+
+    def _look(self) -> None:
+        signature = _signature(self.files)
+        if signature == self._seen:
+            return
+        self._seen = signature
+        try:
+            material = load(self.files)
+        except TlsRefused as refused:
+            _log.error("TLS: %s; what was read before stays in force", refused)
+            return
+        if material != self._material:
+            _log.info("TLS: certificates read again from %s", self.files.cert or self.files.ca)
+            self._material = material
+
+    # gRPC.
+
+    def server_credentials(self, *, require_client_cert: bool | None = None) -> grpc.ServerCredentials:
+        """New connections get what the files hold then. None: as the files' owner asks."""
+        requires = self.files.require_client_cert if require_client_cert is None else require_client_cert
+        given = self._material
+        lock = threading.Lock()
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal given
+            material = self.refresh()
+            with lock:
+                if material is given:
+                    return None
+                given = material
+            return _configuration(material)
+
+        first = _configuration(given)
+        return grpc.dynamic_ssl_server_credentials(first, changed, requires)  # type: ignore[arg-type]  # None: no change
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """For one channel: make new ones when dialling anew."""
+        material = self.refresh()
+        return grpc.ssl_channel_credentials(material.ca, material.key or None, material.cert or None)
+
+    def channel_options(self) -> list[tuple[str, str]]:
+        name = self.files.server_name
+        return [("grpc.ssl_target_name_override", name)] if name else []
+
+    # Sockets. Raise TlsRefused when the files have changed since `refresh` and can't be used now.
+
+    def server_context(self) -> ssl.SSLContext:
+        """Asks for clients' certificates where there is an authority for them."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if self.files.ca:
+            context.verify_mode = ssl.CERT_REQUIRED if self.files.require_client_cert else ssl.CERT_OPTIONAL
+        return self._filled(context)
+
+    def client_context(self) -> ssl.SSLContext:
+        """Check against `files.server_name` where it is set."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if not self.files.ca:
+            context.load_default_certs()
+        return self._filled(context)
+
+    def _filled(self, context: ssl.SSLContext) -> ssl.SSLContext:
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            if self.files.ca:
+                context.load_verify_locations(self.files.ca)
+            if self.files.cert:
+                context.load_cert_chain(self.files.cert, self.files.key)
+        except (OSError, ssl.SSLError) as error:
+            raise TlsRefused(f"{self.files.cert}, {self.files.ca}: {error}") from None
+        return context
+
+
+def _configuration(material: Material) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(material.key, material.cert)], material.ca)
+
+
+def _signature(files: TlsFiles) -> tuple[tuple[int, int, int] | None, ...]:
+    """Differs when a file was written or replaced; the link that Kubernetes swaps for a new version included."""
+    return tuple(_stat(path) for path in _paths(files))
+
+
+def _paths(files: TlsFiles) -> Iterator[str]:
+    yield from filter(None, (files.cert, files.key, files.ca))
+
+
+def _stat(path: str) -> tuple[int, int, int] | None:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
