@@ -5,10 +5,12 @@ lease held all the while: a seqlock across machines, which costs the owner no in
 
     row:  word u64 | tokens_ready u32 | blocks_ready u32 | block ids u32 x blocks_per_row
 
-Write order is the protocol. On offer: ids, counts, then the word. On end: the word goes to zero *first*; only after
-`withdraw` has returned may anyone reuse the lease's blocks. Between the two lies at least one hand-over of KvNode's
-lock, which is the barrier that processors with weaker ordering than x86 need. Words are random and 63 bits, so a row's
-next lease, or another process at the same address, never shows a word that an old handle names.
+Write order is the protocol. On offer: ids, counts, then the word. While blocks are still being computed the row grows:
+their bytes, then their ids, then the counts, so that a reader who reads the counts first and the ids afterwards finds
+whole blocks only, whose bytes will not change. On end: the word goes to zero *first*; only after `withdraw` has
+returned may anyone reuse the lease's blocks. Between the two lies at least one hand-over of KvNode's lock, which is the
+barrier that processors with weaker ordering than x86 need. Words are random and 63 bits, so a row's next lease, or
+another process at the same address, never shows a word that an old handle names.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import mmap
 import secrets
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +60,8 @@ class Board:
         by_row = self._memory.reshape(rows + scratch_slots, self.row_bytes)
         self._words = by_row[:, :8].view(np.uint64)[:, 0]
         self._counts = by_row[:, 8:16].view(np.uint32)
-        self._ids = by_row[:, 16 : 16 + 4 * blocks_per_row].view(np.uint32)
+        self._ids = by_row[:, HEADER.size : HEADER.size + 4 * blocks_per_row].view(np.uint32)
+        self._fence = threading.Lock()
 
     @property
     def address(self) -> int:
@@ -68,6 +72,17 @@ class Board:
         self._ids[row, : len(block_ids)] = block_ids
         self._counts[row] = (tokens, len(block_ids))
         self._words[row] = word
+
+    def grow(self, row: int, start: int, block_ids: Sequence[int], tokens: int) -> None:
+        """More of a published row: blocks `start`..., whose bytes are there, and how many tokens that makes."""
+        assert self._words[row], "a row that was withdrawn does not grow"
+        self._ids[row, start : start + len(block_ids)] = block_ids
+        # Taken and given back twice, a lock is a barrier for stores on every processor.
+        for _ in range(2):
+            with self._fence:
+                pass
+        self._counts[row, 1] = start + len(block_ids)
+        self._counts[row, 0] = tokens
 
     def withdraw(self, row: int) -> None:
         self._words[row] = 0
@@ -84,3 +99,12 @@ class Board:
     def scratch_header(self, slot: int) -> RowHeader:
         start = self.scratch_offset(slot)
         return RowHeader.parse(self._memory[start : start + HEADER.size].tobytes())
+
+    def scratch_ids(self, slot: int, start: int, stop: int) -> list[int]:
+        ids: list[int] = self._ids[self.rows + slot, start:stop].tolist()
+        return ids
+
+
+def id_offset(index: int) -> int:
+    """Where in a row the id of its lease's block `index` stands."""
+    return HEADER.size + 4 * index

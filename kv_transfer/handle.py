@@ -32,8 +32,10 @@ class Handle:
     row: int
     word: int
     tokens: int
+    #: Empty when the blocks were still being computed: the reader finds the ids on the board, as they become whole.
     block_ids: tuple[int, ...]
     layout_digest: str
+    #: 0 when the lease's time has not begun.
     deadline_ms: int
 
     @property
@@ -67,7 +69,7 @@ def check_reader(handle: Handle, *, reader: str, model: str, layout_digest: str,
     if not handle.word:
         raise HandleRefused("the handle names no lease word: every empty row would confirm it")
     blocks = -(-handle.tokens // block_tokens)
-    if not handle.block_ids or len(handle.block_ids) != blocks:
+    if not blocks or (handle.block_ids and len(handle.block_ids) != blocks):
         raise HandleRefused(f"{handle.tokens} tokens are {blocks} blocks, the handle names {len(handle.block_ids)}")
 
 

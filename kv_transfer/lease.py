@@ -6,9 +6,16 @@ once, the word goes first, and the engine learns of it once, from `take_ended`; 
                      .--EXTEND--.
                      v          |
         offer --> OFFERED ------'
-                     |------RELEASE--> RELEASED  --.     (the reader has the bytes, or will not come)
-                     |------EXPIRE---> EXPIRED   --+--> taken by the engine: blocks and row are free
-                     '------CANCEL---> CANCELLED --'     (the engine gave the request up, or the node closes)
+                   ^ |------RELEASE--> RELEASED  --.     (the reader has the bytes, or will not come)
+          COMPLETE | |------EXPIRE---> EXPIRED   --+--> taken by the engine: blocks and row are free
+                   | '------CANCEL---> CANCELLED --'     (the engine gave the request up, or the node closes)
+       stream --> STREAMING -------------^
+                    | ^
+                    '-' PUBLISH, and RELEASE, EXTEND, EXPIRE, which say nothing here
+
+While STREAMING the blocks are being computed, and those that are whole can be read. They belong to the leg that
+computes them, so nobody but the engine ends it, and its time begins when it is complete. `withdraw` ends a lease whose
+blocks the engine holds anyway: there is nothing to be taken afterwards.
 
 An ended lease absorbs every later event: control messages may be doubled, late or lost. The owner's death needs no
 transition: its words die with it, and its incarnation is in every handle.
@@ -29,6 +36,8 @@ the engine ends that, so a DISCARD which crosses it changes nothing.
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +57,7 @@ class ProtocolError(AssertionError):
 
 
 class LeaseState(Enum):
+    STREAMING = auto()
     OFFERED = auto()
     RELEASED = auto()
     EXPIRED = auto()
@@ -55,6 +65,9 @@ class LeaseState(Enum):
 
 
 class LeaseEvent(Enum):
+    #: More blocks are whole; the last of them with COMPLETE. The engine says both, of a lease that streams.
+    PUBLISH = auto()
+    COMPLETE = auto()
     EXTEND = auto()
     RELEASE = auto()
     EXPIRE = auto()
@@ -65,6 +78,12 @@ _ENDED = (LeaseState.RELEASED, LeaseState.EXPIRED, LeaseState.CANCELLED)
 
 LEASE_TABLE: Mapping[tuple[LeaseState, LeaseEvent], LeaseState] = MappingProxyType(
     {
+        (LeaseState.STREAMING, LeaseEvent.PUBLISH): LeaseState.STREAMING,
+        (LeaseState.STREAMING, LeaseEvent.COMPLETE): LeaseState.OFFERED,
+        (LeaseState.STREAMING, LeaseEvent.EXTEND): LeaseState.STREAMING,
+        (LeaseState.STREAMING, LeaseEvent.RELEASE): LeaseState.STREAMING,
+        (LeaseState.STREAMING, LeaseEvent.EXPIRE): LeaseState.STREAMING,
+        (LeaseState.STREAMING, LeaseEvent.CANCEL): LeaseState.CANCELLED,
         (LeaseState.OFFERED, LeaseEvent.EXTEND): LeaseState.OFFERED,
         (LeaseState.OFFERED, LeaseEvent.RELEASE): LeaseState.RELEASED,
         (LeaseState.OFFERED, LeaseEvent.EXPIRE): LeaseState.EXPIRED,
@@ -81,6 +100,7 @@ class LeaseBoard(Protocol):
     blocks_per_row: int
 
     def publish(self, row: int, word: int, block_ids: Sequence[int], tokens: int) -> None: ...
+    def grow(self, row: int, start: int, block_ids: Sequence[int], tokens: int) -> None: ...
     def withdraw(self, row: int) -> None: ...
     def word(self, row: int) -> int: ...
 
@@ -90,9 +110,14 @@ class Lease:
     transfer_id: str
     row: int
     word: int
+    #: When it is complete; until then fewer can be read.
+    tokens: int
+    #: On the board.
     blocks: int
+    ttl_s: float
+    #: Infinite while it streams.
     deadline: float
-    state: LeaseState = LeaseState.OFFERED
+    state: LeaseState
 
 
 @dataclass(slots=True)
@@ -109,7 +134,7 @@ class LeaseTable:
         self._board = board
         self._new_word = new_word
         self._ttl_s_max = ttl_s_max
-        #: By row. The word on the board is the lease's while it is OFFERED and zero otherwise.
+        #: By row. The word on the board is the lease's until it has ended, and zero then.
         self._leases: list[Lease | None] = [None] * board.rows
         #: Rows without a lease.
         self._free_rows = list(range(board.rows))
@@ -128,32 +153,87 @@ class LeaseTable:
 
     @property
     def held_blocks(self) -> int:
-        return sum(lease.blocks for lease in self._by_id.values() if lease.state is LeaseState.OFFERED)
+        return sum(lease.blocks for lease in self._by_id.values() if lease.state not in _ENDED)
 
     @property
     def ended_untaken(self) -> int:
         return len(self._ended)
 
     def offer(self, now: float, transfer_id: str, block_ids: Sequence[int], tokens: int, ttl_s: float) -> Lease:
-        """Puts a lease on the board. Raises OfferRefused, naming the limit."""
+        """Puts a lease on finished blocks on the board. Raises OfferRefused, naming the limit."""
+        self._check_room(now, transfer_id, len(block_ids))
+        lease = self._add(transfer_id, block_ids, tokens, tokens, ttl_s, LeaseState.OFFERED)
+        self._set_deadline(lease, now + lease.ttl_s)
+        return lease
+
+    def stream(self, now: float, transfer_id: str, blocks: int, tokens: int, ttl_s: float) -> Lease:
+        """Puts a lease on the board whose blocks, `blocks` in the end, are still to come. Raises OfferRefused."""
+        self._check_room(now, transfer_id, blocks)
+        return self._add(transfer_id, (), 0, tokens, ttl_s, LeaseState.STREAMING)
+
+    def publish(self, now: float, transfer_id: str, block_ids: Sequence[int], tokens_ready: int) -> bool:
+        """`block_ids`, which begin with those published before, are whole. Complete when that makes all tokens.
+
+        False when the lease has ended. Raises ProtocolError for a lease that is complete.
+        """
+        lease = self._by_id.get(transfer_id)
+        if lease is None or lease.state in _ENDED:
+            return False
+        assert lease.blocks <= len(block_ids) <= self._board.blocks_per_row
+        assert tokens_ready <= lease.tokens
+        complete = tokens_ready == lease.tokens
+        self._step(lease, LeaseEvent.COMPLETE if complete else LeaseEvent.PUBLISH)
+        self._board.grow(lease.row, lease.blocks, block_ids[lease.blocks :], tokens_ready)
+        lease.blocks = len(block_ids)
+        if complete:
+            self._set_deadline(lease, now + lease.ttl_s)
+        return True
+
+    def withdraw(self, transfer_id: str) -> bool:
+        """Ends a lease and takes the end at once: the engine holds the blocks itself. False when there was none."""
+        lease = self._by_id.get(transfer_id)
+        if lease is None:
+            return False
+        self._end(lease, LeaseEvent.CANCEL)
+        self._ended.remove(lease)
+        self._take(lease)
+        return True
+
+    def find(self, transfer_id: str) -> Lease | None:
+        """The lease, until its end is taken."""
+        return self._by_id.get(transfer_id)
+
+    def _check_room(self, now: float, transfer_id: str, blocks: int) -> None:
         self.expire(now)
         if transfer_id in self._by_id:
             raise OfferRefused(f"transfer {transfer_id} is offered already")
         if not self._free_rows:
             raise OfferRefused(f"all {self._board.rows} rows of the lease board are taken")
-        if not 0 < len(block_ids) <= self._board.blocks_per_row:
-            raise OfferRefused(f"{len(block_ids)} blocks; a row holds 1 to {self._board.blocks_per_row}")
+        if not 0 < blocks <= self._board.blocks_per_row:
+            raise OfferRefused(f"{blocks} blocks; a row holds 1 to {self._board.blocks_per_row}")
+
+    def _add(
+        self,
+        transfer_id: str,
+        block_ids: Sequence[int],
+        tokens_ready: int,
+        tokens: int,
+        ttl_s: float,
+        state: LeaseState,
+    ) -> Lease:
         lease = Lease(
             transfer_id=transfer_id,
             row=self._free_rows.pop(),
             word=self._new_word(),
+            tokens=tokens,
             blocks=len(block_ids),
-            deadline=now + min(ttl_s, self._ttl_s_max),
+            ttl_s=min(ttl_s, self._ttl_s_max),
+            deadline=math.inf,
+            state=state,
         )
-        self._board.publish(lease.row, lease.word, block_ids, tokens)
+        self._board.publish(lease.row, lease.word, block_ids, tokens_ready)
         self._leases[lease.row] = lease
         self._by_id[transfer_id] = lease
-        self._set_deadline(lease, lease.deadline)
         self.counts.offered += 1
         return lease
 
@@ -161,13 +241,14 @@ class LeaseTable:
         """The new deadline, never earlier than the old one; None when the lease has ended."""
         self.expire(now)
         lease = self._find(row, word)
-        if lease is None or self._step(lease, LeaseEvent.EXTEND) is not LeaseState.OFFERED:
+        if lease is None or self._step(lease, LeaseEvent.EXTEND) in _ENDED:
             return None
-        self._set_deadline(lease, max(lease.deadline, now + min(ttl_s, self._ttl_s_max)))
+        if lease.state is LeaseState.OFFERED:
+            self._set_deadline(lease, max(lease.deadline, now + min(ttl_s, self._ttl_s_max)))
         return lease.deadline
 
     def release(self, now: float, row: int, word: int) -> bool:
-        """True when this ended the lease; False when it had ended, or never was here."""
+        """True when this ended the lease; False when it had ended, streams, or never was here."""
         self.expire(now)
         lease = self._find(row, word)
         return lease is not None and self._end(lease, LeaseEvent.RELEASE)
@@ -201,26 +282,32 @@ class LeaseTable:
         taken = []
         while self._ended:
             lease = self._ended.popleft()
-            self._leases[lease.row] = None
-            self._free_rows.append(lease.row)
-            del self._by_id[lease.transfer_id]
+            self._take(lease)
             taken.append(lease.transfer_id)
         return taken
+
+    def _take(self, lease: Lease) -> None:
+        self._leases[lease.row] = None
+        self._free_rows.append(lease.row)
+        del self._by_id[lease.transfer_id]
 
     def _find(self, row: int, word: int) -> Lease | None:
         lease = self._leases[row] if 0 <= row < len(self._leases) else None
         return lease if lease is not None and lease.word == word else None
 
     def _step(self, lease: Lease, event: LeaseEvent) -> LeaseState:
-        lease.state = LEASE_TABLE[lease.state, event]
-        return lease.state
+        step = LEASE_TABLE.get((lease.state, event))
+        if step is None:
+            raise ProtocolError(f"lease {lease.transfer_id}: {event.name} in {lease.state.name}")
+        lease.state = step
+        return step
 
     def _end(self, lease: Lease, event: LeaseEvent) -> bool:
-        if lease.state is not LeaseState.OFFERED:
-            self._step(lease, event)
+        """Whether that was its end. The word goes before anybody can hear of it."""
+        if lease.state in _ENDED or self._step(lease, event) not in _ENDED:
             return False
         self._board.withdraw(lease.row)
-        self.counts.ended[self._step(lease, event)] += 1
+        self.counts.ended[lease.state] += 1
         self._ended.append(lease)
         return True
 
@@ -238,16 +325,17 @@ class LeaseTable:
 
     def check_integrity(self) -> None:
         for row, lease in enumerate(self._leases):
-            offered = lease is not None and lease.state is LeaseState.OFFERED
-            assert self._board.word(row) == (lease.word if lease and offered else 0), f"row {row}: wrong word"
+            held = lease is not None and lease.state not in _ENDED
+            assert self._board.word(row) == (lease.word if lease and held else 0), f"row {row}: wrong word"
             if lease is None:
                 assert row in self._free_rows, f"row {row} is lost"
                 continue
             assert lease.row == row
             assert self._by_id.get(lease.transfer_id) is lease, f"{lease.transfer_id} is not known by its id"
-            assert (lease in self._ended) != offered, f"{lease.transfer_id}: ended and not to be taken, or the reverse"
+            assert (lease in self._ended) != held, f"{lease.transfer_id}: ended and not to be taken, or the reverse"
             timers = sum(self._is_current(entry) for entry in self._deadlines if entry[2] == row)
-            assert bool(timers) == offered, f"{lease.transfer_id}: {timers} timers"
+            assert bool(timers) == (lease.state is LeaseState.OFFERED), f"{lease.transfer_id}: {timers} timers"
+            assert lease.state is not LeaseState.STREAMING or lease.deadline == math.inf
         assert len(self._free_rows) == len(set(self._free_rows)) == len(self._leases) - len(self._by_id)
         assert self.counts.offered == self.held + sum(self.counts.ended.values())
 
@@ -312,6 +400,10 @@ class AlreadyUsed(Exception):
 @dataclass(slots=True, kw_only=True)
 class Transfer:
     staged_id: str
+    #: Of its own, where its `staged_id` may be tried again.
+    read: str
+    #: Begun before anybody was sure to want it.
+    ahead: bool = False
     state: TransferState = TransferState.ROOM
     pages: tuple[int, ...] = ()
     story: list[str] = field(default_factory=list)
@@ -321,11 +413,13 @@ class TransferTable:
     """All transfers of one reader and the staging pages they hold.
 
     Transfers are known by the id their handle gives them (`Handle.staged_id`), which makes a handle good for one fetch.
+    One that is fetched *ahead*, before it is sure to be wanted, is used up only if its pages are consumed.
     """
 
     def __init__(self, staging: Staging, used_max: int) -> None:
         self.staging = staging
         self._used_max = used_max
+        self._reads = itertools.count(1)
         #: Transfers that hold pages, by staged id.
         self._transfers: dict[str, Transfer] = {}
         #: Ids of the handles used most recently, oldest first.
@@ -335,15 +429,20 @@ class TransferTable:
     def held_pages(self) -> int:
         return sum(len(transfer.pages) for transfer in self._transfers.values())
 
-    def begin(self, staged_id: str, blocks: int) -> Transfer:
+    @property
+    def ahead_pages(self) -> int:
+        return sum(len(transfer.pages) for transfer in self._transfers.values() if transfer.ahead)
+
+    def begin(self, staged_id: str, blocks: int, *, ahead: bool = False) -> Transfer:
         """A transfer in FETCHING with its pages, or in FULL without. Raises AlreadyUsed.
 
-        A handle that met a full staging is not used up.
+        A handle that met a full staging is not used up. Those fetched ahead have half of the pages at most.
         """
         if staged_id in self._used or staged_id in self._transfers:
             raise AlreadyUsed(staged_id)
-        transfer = Transfer(staged_id=staged_id)
-        pages = self.staging.take(blocks)
+        transfer = Transfer(staged_id=staged_id, read=f"{staged_id} {next(self._reads)}", ahead=ahead)
+        room = not ahead or 2 * (self.ahead_pages + blocks) <= self.staging.pages
+        pages = self.staging.take(blocks) if room else None
         if pages is None:
             self._step(transfer, TransferEvent.NONE)
             return transfer
@@ -360,11 +459,13 @@ class TransferTable:
         state = self._step(transfer, event)
         if state not in _HOLDING:
             del self._transfers[transfer.staged_id]
+            if transfer.ahead and state is not TransferState.CONSUMED:
+                self._used.pop(transfer.staged_id, None)
             pages, transfer.pages = transfer.pages, ()
             if quiesced:
                 self.staging.give_back(pages)
             else:
-                self.staging.quarantine(transfer.staged_id, pages)
+                self.staging.quarantine(transfer.read, pages)
         return state
 
     def find(self, staged_id: str) -> Transfer | None:

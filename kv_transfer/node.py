@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -29,10 +30,20 @@ from kv_transfer.api import Fetched, FetchError, Lane, NodeLimits, NodeStats, Ou
 from kv_transfer.board import Board, new_word
 from kv_transfer.handle import Handle, HandleRefused, check_owner, check_reader
 from kv_transfer.layout import KvLayout
-from kv_transfer.lease import AlreadyUsed, LeaseState, LeaseTable, Transfer, TransferEvent, TransferState, TransferTable
-from kv_transfer.peer import PeerCredentials, PeerServer
+from kv_transfer.lease import (
+    AlreadyUsed,
+    Lease,
+    LeaseState,
+    LeaseTable,
+    Transfer,
+    TransferEvent,
+    TransferState,
+    TransferTable,
+)
+from kv_transfer.peer import PeerClient, PeerCredentials, PeerServer
+from kv_transfer.reading import Reading
 from kv_transfer.roster import MEETINGS, Peer, Roster, Wire
-from kv_transfer.segments import ArenaMap, block_segments, pieces
+from kv_transfer.segments import ArenaMap
 from kv_transfer.staging import Staging
 from kv_transfer.threads import DaemonThreads
 from kv_transfer.transport import (
@@ -249,28 +260,71 @@ class KvNode:
 
         The blocks must not change until `take_ended` has returned `transfer_id`. Raises OfferRefused.
         """
-        address = self.address
         with self._changed:
-            if self._closed:
-                raise RuntimeError("the node is closed")
+            self._check_open()
             now = time.monotonic()
             lease = self._leases.offer(now, transfer_id, block_ids, tokens, ttl_s)
-            if lease.deadline < self._looks_at:
-                self._changed.notify_all()
+            self._look_in_time(lease)
+        return self._seal(lease, tenant, reader, tuple(int(block) for block in block_ids))
+
+    def stream(self, *, transfer_id: str, tenant: str, reader: str, tokens: int, ttl_s: float) -> bytes:
+        """Leases blocks that are still being computed; the handle, good for all `tokens` of them. Raises OfferRefused.
+
+        What is whole is told with `publish`, until everything is; from then on it is as if it had been offered, and
+        `ttl_s` begins to count. Before that nobody but the engine ends the lease, and it must, by `withdraw`, before it
+        lets anything else into the blocks it has published: because the request was aborted, preempted or failed.
+        """
+        blocks = -(-tokens // self.layout.block_tokens)
+        with self._lock:
+            self._check_open()
+            lease = self._leases.stream(time.monotonic(), transfer_id, blocks, tokens, ttl_s)
+        return self._seal(lease, tenant, reader, ())
+
+    def publish(self, transfer_id: str, block_ids: Sequence[int], tokens_ready: int) -> bool:
+        """The KV of a stream's first `tokens_ready` tokens is in `block_ids`, in memory, and will not change.
+
+        `block_ids` may go on beyond that, and begin as they did before. With all the tokens, the stream is complete.
+        False when the lease has ended: the node is closed, or the stream was withdrawn.
+        """
+        with self._changed:
+            lease = self._leases.find(transfer_id)
+            if lease is None:
+                return False
+            tokens = self.layout.block_tokens
+            whole = tokens_ready // tokens if tokens_ready < lease.tokens else -(-tokens_ready // tokens)
+            published = self._leases.publish(time.monotonic(), transfer_id, block_ids[:whole], tokens_ready)
+            self._look_in_time(lease)
+        return published
+
+    def withdraw(self, transfer_id: str) -> bool:
+        """Ends a lease whose blocks the engine holds itself: they may be reused at once, and `take_ended` will not
+        name it. False when there was none."""
+        with self._lock:
+            return self._leases.withdraw(transfer_id)
+
+    def _check_open(self) -> None:
+        if self._closed or self._server is None:
+            raise RuntimeError("the node is not open")
+
+    def _look_in_time(self, lease: Lease) -> None:
+        if lease.deadline < self._looks_at:
+            self._changed.notify_all()
+
+    def _seal(self, lease: Lease, tenant: str, reader: str, block_ids: tuple[int, ...]) -> bytes:
         handle = Handle(
-            transfer_id=transfer_id,
+            transfer_id=lease.transfer_id,
             tenant=tenant,
             model=self.model,
             reader=reader,
             owner=self.name,
             owner_incarnation=self.incarnation,
-            owner_address=address,
+            owner_address=self.address,
             row=lease.row,
             word=lease.word,
-            tokens=tokens,
-            block_ids=tuple(int(block) for block in block_ids),
+            tokens=lease.tokens,
+            block_ids=block_ids,
             layout_digest=self._layout_digest,
-            deadline_ms=int((time.time() + lease.deadline - now) * 1000),
+            deadline_ms=_epoch_ms(lease.deadline),
         )
         return wire.seal(handle, self._secret)
 
@@ -309,7 +363,7 @@ class KvNode:
         with self._lock:
             now = time.monotonic()
             deadline = self._leases.extend(now, handle.row, handle.word, ttl_s)
-        return None if deadline is None else int((time.time() + deadline - now) * 1000)
+        return None if deadline is None else _epoch_ms(deadline)
 
     def _is_own(self, handle: Handle) -> bool:
         try:
@@ -363,16 +417,21 @@ class KvNode:
 
     # ----------------------------------------------------------------------------------------------------- the reader
 
-    def fetch(self, handle: bytes, timeout_s: float, cancel: Cancel | None = None) -> Fetched:
+    def fetch(self, handle: bytes, timeout_s: float, cancel: Cancel | None = None, *, ahead: bool = False) -> Fetched:
         """Reads a handle's blocks into staging and confirms that the lease held to the end. Raises FetchError.
 
-        Once the owner has been met, its lease is ended there without waiting for it, whatever the outcome; before that
-        (most REFUSED, all FULL) it stands. Ends early when `cancel` is set, or `discard` is called with the staged id.
+        Blocks that are still being computed are read as they become whole. Ends early when `cancel` is set, or
+        `discard` is called with the staged id. The owner's lease is ended there without waiting for it, whatever the
+        outcome, but for a handle that is refused for what it says, and for FULL.
+
+        `ahead`: nobody has said yet that the blocks will be wanted. Then there is room for it only while such fetches
+        have less than half of the staging pages; and if it fails, or is discarded, the handle is as good as before: the
+        owner is told nothing and it may be fetched again.
         """
         began = time.monotonic()
         try:
             accepted = self._accept(handle)
-            job = self._begin(accepted, cancel or Cancel(), began + timeout_s)
+            job = self._begin(accepted, cancel or Cancel(), began + timeout_s, ahead)
             try:
                 peer = self._fetch(accepted, handle, job)
             finally:
@@ -380,7 +439,7 @@ class KvNode:
         except FetchError as error:
             self._count(error.outcome)
             raise
-        nbytes = len(accepted.block_ids) * self.layout.block_bytes
+        nbytes = self._blocks(accepted) * self.layout.block_bytes
         self._count(Outcome.STAGED, nbytes)
         return Fetched(
             staged_id=accepted.staged_id,
@@ -446,15 +505,18 @@ class KvNode:
             raise FetchError(Outcome.REFUSED, str(refused)) from refused
         return handle
 
-    def _begin(self, handle: Handle, cancel: Cancel, deadline: float) -> _Job:
-        blocks = len(handle.block_ids)
+    def _blocks(self, handle: Handle) -> int:
+        return -(-handle.tokens // self.layout.block_tokens)
+
+    def _begin(self, handle: Handle, cancel: Cancel, deadline: float, ahead: bool) -> _Job:
+        blocks = self._blocks(handle)
         with self._lock:
             if self._closed:
                 raise FetchError(Outcome.FAILED, "the node is closed")
             if not self._scratch_slots:
                 raise FetchError(Outcome.FULL, f"{self.limits.fetches} fetches are under way")
             try:
-                transfer = self._transfers.begin(handle.staged_id, blocks)
+                transfer = self._transfers.begin(handle.staged_id, blocks, ahead=ahead)
             except AlreadyUsed as used:
                 raise FetchError(Outcome.REFUSED, f"the handle of {handle.transfer_id} was used before") from used
             if transfer.state is TransferState.FULL:
@@ -467,13 +529,14 @@ class KvNode:
     def _fetch(self, handle: Handle, raw: bytes, job: _Job) -> Peer:
         """FETCHING to STAGED. Ended otherwise, it has given its pages back and raises FetchError."""
         peer: Peer | None = None
-        broken = False
+        staged = broken = False
         try:
             peer = self._roster.meet(
                 handle.owner, handle.owner_address, handle.owner_incarnation, job.deadline, job.cancel
             )
-            self._read_blocks(peer, handle, job)
+            self._reading(peer, handle, job).run(lambda: self._bytes_in(job))
             self._settle(job, TransferEvent.WORD_HELD)
+            staged = True
         except FetchError as error:
             stale = error.outcome is Outcome.STALE
             self._settle(job, TransferEvent.WORD_GONE if stale else TransferEvent.LOST)
@@ -493,11 +556,28 @@ class KvNode:
             self._abandon(job, None)
             raise
         finally:
-            if peer is not None:
-                self._tell_owner(peer, raw)
-                if broken:
-                    self._roster.forget(peer)
+            if staged or not job.transfer.ahead:
+                self._tell_owner(handle, raw, peer)
+            if peer is not None and broken:
+                self._roster.forget(peer)
         return peer
+
+    def _reading(self, peer: Peer, handle: Handle, job: _Job) -> Reading:
+        return Reading(
+            peer=peer,
+            handle=handle,
+            layout=self.layout,
+            pages=job.transfer.pages,
+            board=self._board,
+            scratch_slot=job.scratch_slot,
+            piece_bytes=self.limits.piece_bytes,
+            deadline=job.deadline,
+            cancel=job.cancel,
+        )
+
+    def _bytes_in(self, job: _Job) -> None:
+        with self._lock:
+            self._transfers.apply(job.transfer, TransferEvent.BYTES_IN)
 
     def _settle(self, job: _Job, event: TransferEvent) -> None:
         """The fetch's last step: nothing of it writes any more."""
@@ -513,7 +593,7 @@ class KvNode:
         with self._changed:
             self._transfers.apply(job.transfer, TransferEvent.LOST, quiesced=False)
             if unquiet is not None:
-                self._unquiet[job.transfer.staged_id] = unquiet
+                self._unquiet[job.transfer.read] = unquiet
                 self._changed.notify_all()
 
     def _end(self, job: _Job) -> None:
@@ -521,31 +601,23 @@ class KvNode:
             del self._jobs[job.transfer.staged_id]
             self._changed.notify_all()
 
-    def _read_blocks(self, peer: Peer, handle: Handle, job: _Job) -> None:
-        """The bytes, then the word. Raises FetchError(STALE) when the word is gone."""
-        _check_blocks(handle, peer.facts)
-        segments = block_segments(self.layout, peer.facts.arena, handle.block_ids, job.transfer.pages)
-        with peer.wire.turn.hold(job.deadline, job.cancel):
-            for piece in pieces(segments, self.limits.piece_bytes):
-                job.cancel.check()
-                peer.wire.read(peer.facts.name, piece, job.deadline)
-            job.cancel.check()
-            with self._lock:
-                self._transfers.apply(job.transfer, TransferEvent.BYTES_IN)
-            header = peer.wire.read_row(peer.facts, handle.row, self._board, job.scratch_slot, job.deadline)
-        if header.word != handle.word:
-            raise FetchError(Outcome.STALE, f"the lease of {handle.transfer_id} ended before its bytes were in")
-        if header.tokens_ready < handle.tokens:
-            raise FetchError(Outcome.FAILED, f"{header.tokens_ready} of {handle.tokens} tokens are computed")
-
-    def _tell_owner(self, peer: Peer, handle: bytes) -> None:
+    def _tell_owner(self, handle: Handle, raw: bytes, peer: Peer | None) -> None:
         """Ends the lease at its owner. Off the critical path, and allowed to get lost: then the lease expires."""
         with self._lock:
             room = self._releases_in_flight < self.limits.releases_in_flight
             self._releases_in_flight += room
             self._releases_lost += not room
         if room:
-            self._courier.submit(peer.client.release, handle, self.limits.release_timeout_s, self._owner_told)
+            self._courier.submit(self._release_there, handle, raw, peer)
+
+    def _release_there(self, handle: Handle, raw: bytes, peer: Peer | None) -> None:
+        if peer is not None:
+            peer.client.release(raw, self.limits.release_timeout_s, self._owner_told)
+            return
+        # Never met, for want of a lane or of time; it may be within reach of a call.
+        client = PeerClient(handle.owner_address, secret=self._secret, credentials=self._credentials)
+        client.release(raw, self.limits.release_timeout_s, self._owner_told)
+        client.close()
 
     def _owner_told(self, arrived: bool) -> None:
         with self._lock:
@@ -563,16 +635,16 @@ class KvNode:
 
     @contextmanager
     def _lend_pages(self, wire_: Wire, wanted: int) -> Iterator[Sequence[int]]:
-        """Pages for a self-test: those of a transfer that is never confirmed."""
+        """Pages for a self-test: those of a transfer that is never confirmed. Most are left for fetches."""
         with self._lock:
-            count = min(wanted, self._transfers.staging.free)
+            count = min(wanted, self._transfers.staging.free // 4)
             transfer = self._transfers.begin(f"self-test {next(self._self_tests)}", count)
         try:
             yield transfer.pages
         except Unquiesced as error:
             with self._changed:
                 self._transfers.apply(transfer, TransferEvent.LOST, quiesced=False)
-                self._unquiet[transfer.staged_id] = _Unquiet(wire_, error.is_quiet)
+                self._unquiet[transfer.read] = _Unquiet(wire_, error.is_quiet)
                 self._changed.notify_all()
             raise
         except BaseException:
@@ -616,8 +688,6 @@ class KvNode:
             assert len(set(self._scratch_slots)) == len(self._scratch_slots), "two fetches with one scratch slot"
 
 
-def _check_blocks(handle: Handle, facts: PeerFacts) -> None:
-    if handle.row >= facts.board_rows:
-        raise FetchError(Outcome.REFUSED, f"row {handle.row} of a board with {facts.board_rows}")
-    if max(handle.block_ids) >= facts.arena.blocks:
-        raise FetchError(Outcome.REFUSED, f"block {max(handle.block_ids)} of an arena with {facts.arena.blocks}")
+def _epoch_ms(deadline: float) -> int:
+    """Of a moment on the monotonic clock; 0 for never."""
+    return 0 if deadline == math.inf else int((time.time() + deadline - time.monotonic()) * 1000)

@@ -37,6 +37,14 @@ class Cancel:
         if self._is_set:
             raise Cancelled
 
+    def wait(self, timeout_s: float) -> None:
+        """Sleeps; raises Cancelled when set before or meanwhile."""
+        woken = threading.Event()
+        with self.waking(woken.set):
+            self.check()
+            woken.wait(timeout_s)
+        self.check()
+
     @contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
         """Calls `wake` when set meanwhile. One waiter at a time: the work this belongs to."""

@@ -1,0 +1,137 @@
+"""Reading one lease's blocks: those that are whole, as they become whole, and at the end the word.
+
+A handle that names its blocks is read at once. One that does not was made while they were being computed: the row of
+the owner's board then says how many are whole and which they are. A look at it costs a read of sixteen bytes, so the
+reader looks seldom while a chunk is surely being computed, and often when the next one is due.
+
+However long that takes, it is one lease: the word, read after the last byte, says that nothing was reused since the
+first. A word that is gone already says at every look that the rest need not be waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kv_transfer.api import FetchError, Outcome
+from kv_transfer.board import Board, RowHeader, id_offset
+from kv_transfer.handle import Handle
+from kv_transfer.layout import KvLayout
+from kv_transfer.roster import Peer
+from kv_transfer.segments import block_segments, one_segment, pieces
+from kv_transfer.transport import BOARD
+from kv_transfer.turn import Cancel
+
+#: Between looks at a row.
+_PAUSE_MIN_S = 0.001
+_PAUSE_MAX_S = 0.05
+#: While it is not known how long a chunk takes: the pause grows from the least by this factor.
+_PAUSE_GROWS = 1.5
+
+
+class Pace:
+    """When to look again at a row that grows. `now` on one monotonic clock."""
+
+    def __init__(self) -> None:
+        self._grew_at: float | None = None
+        #: Between the last two times that it was seen to have grown.
+        self._chunk_s: float | None = None
+        self._pause_s = _PAUSE_MIN_S
+
+    def grew(self, now: float) -> None:
+        if self._grew_at is not None:
+            self._chunk_s = now - self._grew_at
+        self._grew_at = now
+
+    def pause_s(self, now: float) -> float:
+        if self._chunk_s is None or self._grew_at is None:
+            self._pause_s = min(self._pause_s * _PAUSE_GROWS, _PAUSE_MAX_S / 4)
+            return self._pause_s
+        due = self._grew_at + self._chunk_s
+        early = due - self._chunk_s / 8 - now
+        # The later it is, the less a moment more matters.
+        often = max(self._chunk_s / 32, (now - due) / 8)
+        return max(early, min(max(often, _PAUSE_MIN_S), _PAUSE_MAX_S))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """Reads into `pages`, one for each block. Raises FetchError, TransportError, Cancelled."""
+
+    peer: Peer
+    handle: Handle
+    layout: KvLayout
+    pages: Sequence[int]
+    board: Board
+    #: Of `board`: where the owner's row is read into.
+    scratch_slot: int
+    piece_bytes: int
+    deadline: float
+    cancel: Cancel
+
+    def run(self, bytes_in: Callable[[], None]) -> None:
+        """Returns when everything is there and the lease held; `bytes_in` is called before the word is read for it."""
+        self._check()
+        pace, ids = Pace(), list(self.handle.block_ids)
+        read = 0
+        while True:
+            # Not kept while there is nothing to read.
+            with self.peer.wire.turn.hold(self.deadline, self.cancel):
+                if not self.handle.block_ids:
+                    self._learn_ids(ids)
+                if read < len(ids):
+                    self._read(ids[read:], self.pages[read : len(ids)])
+                    pace.grew(time.monotonic())
+                    read = len(ids)
+                if read == len(self.pages):
+                    self.cancel.check()
+                    bytes_in()
+                    self._confirm()
+                    return
+            self.cancel.wait(pace.pause_s(time.monotonic()))
+
+    def _check(self) -> None:
+        handle, facts, blocks = self.handle, self.peer.facts, len(self.pages)
+        if handle.row >= facts.board_rows:
+            raise FetchError(Outcome.REFUSED, f"row {handle.row} of a board with {facts.board_rows}")
+        self._check_ids(handle.block_ids, Outcome.REFUSED)
+        if blocks > self.board.blocks_per_row or id_offset(blocks) > facts.board_row_bytes:
+            raise FetchError(Outcome.REFUSED, f"{blocks} blocks do not fit in a row of a board, here or there")
+
+    def _check_ids(self, ids: Sequence[int], outcome: Outcome) -> None:
+        if ids and max(ids) >= self.peer.facts.arena.blocks:
+            raise FetchError(outcome, f"block {max(ids)} of an arena with {self.peer.facts.arena.blocks}")
+
+    def _look(self) -> RowHeader:
+        """The row as it is now. Raises FetchError(STALE) when it is another lease's, or nobody's."""
+        header = self.peer.wire.read_row(self.peer.facts, self.handle.row, self.board, self.scratch_slot, self.deadline)
+        if header.word != self.handle.word:
+            raise FetchError(Outcome.STALE, f"the lease of {self.handle.transfer_id} ended before its bytes were in")
+        return header
+
+    def _learn_ids(self, ids: list[int]) -> None:
+        """Adds the ids of the blocks that have become whole."""
+        known, ready = len(ids), self._look().blocks_ready
+        if ready > len(self.pages):
+            raise FetchError(Outcome.FAILED, f"{ready} blocks are there of {len(self.pages)}")
+        if ready <= known:
+            return
+        # After the counts, for what they count was written before them.
+        there = self.handle.row * self.peer.facts.board_row_bytes + id_offset(known)
+        here = self.board.scratch_offset(self.scratch_slot) + id_offset(known)
+        segment = one_segment(BOARD, there, BOARD, here, id_offset(ready) - id_offset(known))
+        self.peer.wire.read(self.peer.facts.name, segment, self.deadline)
+        new = self.board.scratch_ids(self.scratch_slot, known, ready)
+        self._check_ids(new, Outcome.FAILED)
+        ids += new
+
+    def _read(self, ids: Sequence[int], pages: Sequence[int]) -> None:
+        for piece in pieces(block_segments(self.layout, self.peer.facts.arena, ids, pages), self.piece_bytes):
+            self.cancel.check()
+            self.peer.wire.read(self.peer.facts.name, piece, self.deadline)
+
+    def _confirm(self) -> None:
+        header = self._look()
+        if header.tokens_ready < self.handle.tokens:
+            raise FetchError(Outcome.FAILED, f"{header.tokens_ready} of {self.handle.tokens} tokens are computed")
