@@ -6,12 +6,17 @@ leg began, or computes the prompt itself. The order is always **fetch, confirm, 
 engine's staging memory and their lease is confirmed before the engine's scheduler hears of the request. So the
 scheduler never waits for a network, a failed transfer never reaches it, and no unconfirmed byte is ever attended to.
 
+**Overlap.** A prompt of several chunks moves while it is computed. The prefill engine says `offered` once its first
+chunk is done (`KvNode.stream`) and publishes what every step adds (`KvNode.publish`); the decode engine is asked to
+`fetch` that handle *ahead*, which returns when the prompt is complete, read and confirmed. Nothing else changes: the
+decode leg comes after, and every failure on this way costs the time that was to be saved.
+
 Values that cross this seam are frozen; token ids are tuples of ints; durations are seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -259,6 +264,10 @@ class EngineOptions:
     kv_bytes_per_token: int | None = None
 
 
+#: Told the handle to blocks that are still being computed.
+Offered = Callable[[bytes], None]
+
+
 class Engine(Protocol):
     """One model on one set of devices. Created unstarted; all methods are called from one event loop."""
 
@@ -270,15 +279,22 @@ class Engine(Protocol):
         """Frees everything; legs still running fail with ENGINE. Idempotent."""
         ...
 
-    async def prefill(self, leg: PrefillLeg) -> PrefillResult:
-        """Raises LegError. Cancelling the awaiting task aborts the leg and frees its blocks within a step."""
+    async def prefill(self, leg: PrefillLeg, offered: Offered | None = None) -> PrefillResult:
+        """Raises LegError. Cancelling the awaiting task aborts the leg and frees its blocks within a step.
+
+        `offered` is called at most once, in the event loop and before this returns: with a handle to all of the
+        prompt's blocks, which can be read as they become whole. The result's handle is the same, unless the first had
+        to be withdrawn: then whoever reads by that finds it stale, and the result has another, or none.
+        """
         ...
 
-    async def fetch(self, handle: bytes, timeout_s: float) -> Staged:
+    async def fetch(self, handle: bytes, timeout_s: float, *, ahead: bool = False) -> Staged:
         """Reads a handle's blocks into staging and confirms the lease held to the end, then releases it.
 
         Raises LegError(TRANSFER) when the bytes did not arrive or the lease did not hold, LegError(INVALID) when the
-        handle is refused. Cancelling stops the read; the owner is told either way.
+        handle is refused, LegError(REJECTED) when there is no room. Cancelling stops the read; the owner is told either
+        way. `ahead`: before the blocks are sure to be wanted. Then there is room only while there is plenty, and one
+        that fails, is cancelled or discarded leaves the handle as good as it was, for another fetch.
         """
         ...
 

@@ -11,8 +11,8 @@ What vLLM leaves to its caller, and is done here:
   it ignores an abort for a prefill that has finished and is pinned. So every leg that ends without a result is
   aborted by its name, and a prefill leg's lease is ended by an `EndOrder`. Both go through vLLM's one ordered queue:
   whatever state the leg was in, the abort comes after it and the lease's end after the abort.
-- *Stopping.* Without a tokenizer (texts are the edge's) vLLM does not know the end-of-sequence token, so it is given
-  as a stop token, with the same effect: the token is the last of the output, and `min_tokens` keeps it back.
+- *Stopping.* vLLM knows one end-of-sequence token, and none without a tokenizer; so all of them are given as stop
+  tokens, with the same effect: the token is the last of the output, and `min_tokens` keeps it back.
 - *Token ids outside the vocabulary* would be an index error inside a step, which ends EngineCore for everyone: in a
   prompt they are refused, as stop tokens, which can never be sampled, left out. `engine/vllm_cpu_worker.py` repairs
   another request of death.
@@ -50,6 +50,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.base import (
+    LOGIT_BIAS,
+    STRUCTURE,
     DecodeLeg,
     EngineInfo,
     EngineLoad,
@@ -58,12 +60,15 @@ from engine.base import (
     FinishReason,
     LegError,
     ModelInfo,
+    Offered,
     PeerLane,
     PrefillLeg,
     PrefillResult,
     Sampling,
     Staged,
     StepOutput,
+    Structure,
+    StructureKind,
     TokenLogprobs,
 )
 from kv_transfer.api import FetchError, Outcome
@@ -129,6 +134,7 @@ class VllmEngine:
                 max_model_len=config.model_config.max_model_len,
                 vocab_size=config.model_config.get_vocab_size(),
                 eos_token_ids=eos_token_ids,
+                features=(LOGIT_BIAS,) if config.model_config.skip_tokenizer_init else (LOGIT_BIAS, STRUCTURE),
             )
             self._watch_core()
             self._kv = AsyncKvClient(self._run_dir.socket)
@@ -167,7 +173,7 @@ class VllmEngine:
 
     def _engine_args(self, revision: str) -> Any:
         from vllm import AsyncEngineArgs
-        from vllm.config import KVTransferConfig
+        from vllm.config import KVTransferConfig, StructuredOutputsConfig
         from vllm.platforms import current_platform
 
         options, run_dir = self._options, self._run_dir
@@ -188,7 +194,8 @@ class VllmEngine:
         return AsyncEngineArgs(
             model=options.model,
             served_model_name=options.served_model_name,
-            skip_tokenizer_init=True,
+            # vLLM's grammars are over the model's vocabulary, which it takes from the tokenizer.
+            skip_tokenizer_init=not (Path(options.model) / "tokenizer.json").is_file(),
             generation_config="vllm",
             dtype=options.dtype,
             seed=options.seed,
@@ -203,6 +210,9 @@ class VllmEngine:
             worker_cls="engine.vllm_cpu_worker.SeedKeepingCpuWorker" if current_platform.is_cpu() else "auto",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            # vLLM keeps the backend that the first request with a form needed: better that none be its choice. Without
+            # the second, a model may fill what is left of an answer with spaces.
+            structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
             kv_transfer_config=KVTransferConfig(
                 kv_connector=name,
                 kv_connector_module_path=module,
@@ -265,7 +275,7 @@ class VllmEngine:
 
     # ----------------------------------------------------------------------------------------------------------- legs
 
-    async def prefill(self, leg: PrefillLeg) -> PrefillResult:
+    async def prefill(self, leg: PrefillLeg, offered: Offered | None = None) -> PrefillResult:
         # A first token that is also the last one leaves nothing to hand over.
         hand_off = leg.hand_off and (leg.resample or leg.sampling.max_tokens > 1)
         name = self._name(leg.leg_id)
@@ -278,6 +288,8 @@ class VllmEngine:
             even_if_stopped=leg.resample,
         )
         sampling = replace(leg.sampling, max_tokens=1, min_tokens=min(1, leg.sampling.min_tokens))
+        if leg.resample:
+            sampling = replace(sampling, structure=None)  # nobody reads this token: spare compiling a grammar
         llm = self._llm
         try:
             async with contextlib.aclosing(self._run(name, leg.token_ids, leg.cache_salt, sampling, order)) as outputs:
@@ -415,6 +427,8 @@ class VllmEngine:
             stop_token_ids=stops,
             ignore_eos=sampling.ignore_eos,
             logprobs=sampling.logprobs,
+            logit_bias=dict(sampling.logit_bias) or None,
+            structured_outputs=_structured(sampling.structure),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args={"kv_transfer_params": order_params(order)} if order else None,
@@ -422,9 +436,9 @@ class VllmEngine:
 
     # ------------------------------------------------------------------------------------------------------------- KV
 
-    async def fetch(self, handle: bytes, timeout_s: float) -> Staged:
+    async def fetch(self, handle: bytes, timeout_s: float, *, ahead: bool = False) -> Staged:
         with self._kv_failures():
-            fetched = await self._client.fetch(handle, timeout_s)
+            fetched = await self._client.fetch(handle, timeout_s, ahead=ahead)
         return Staged(
             staged_id=fetched.staged_id,
             tokens=fetched.tokens,
@@ -488,6 +502,7 @@ _FETCH_FAILURES = {
     Outcome.FAILED: FailureKind.TRANSFER,
     Outcome.REFUSED: FailureKind.INVALID,
     Outcome.FULL: FailureKind.REJECTED,
+    Outcome.CORRUPT: FailureKind.TRANSFER,
 }
 
 
@@ -500,6 +515,22 @@ async def _send_order(llm: Any, order: EndOrder | DropOrder) -> None:
 
     with contextlib.suppress(EngineDeadError):
         await llm.notify_kv_transfer_request_rejected(f"order-{secrets.token_hex(8)}", order_params(order))
+
+
+def _structured(structure: Structure | None) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    match structure:
+        case None:
+            return None
+        case Structure(StructureKind.JSON_OBJECT):
+            return StructuredOutputsParams(json_object=True)
+        case Structure(StructureKind.JSON_SCHEMA, text):
+            return StructuredOutputsParams(json=text)
+        case Structure(StructureKind.REGEX, text):
+            return StructuredOutputsParams(regex=text)
+        case Structure(StructureKind.GRAMMAR, text):
+            return StructuredOutputsParams(grammar=text)
 
 
 def _exit_words(process: Any, pidfd: int) -> str:
