@@ -15,6 +15,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from engine.base import (
     EngineOptions,
     FailureKind,
     LegError,
+    Offered,
     PeerLane,
     PrefillLeg,
     PrefillResult,
@@ -34,7 +36,7 @@ from engine.base import (
     StepOutput,
 )
 from engine.sim_blocks import BlockPool
-from engine.sim_core import CoreLimits, PrefillDone, SimCore, StagedPages
+from engine.sim_core import CoreLimits, PrefillDone, Readable, SimCore, StagedPages
 from engine.sim_memory import Chain, ChainMemory
 from engine.sim_model import SimModel, read_model
 from engine.step_time import StepWork, step_time
@@ -62,6 +64,7 @@ _FETCH_FAILURES = {
     Outcome.FAILED: FailureKind.TRANSFER,
     Outcome.REFUSED: FailureKind.INVALID,
     Outcome.FULL: FailureKind.REJECTED,
+    Outcome.CORRUPT: FailureKind.TRANSFER,
 }
 
 
@@ -76,7 +79,7 @@ class SimEngine:
         self._steps: asyncio.Task[None] | None = None
         #: Set when there may be something to compute.
         self._woken = asyncio.Event()
-        self._prefills: dict[str, asyncio.Future[PrefillResult]] = {}
+        self._prefills: dict[str, _Prefill] = {}
         self._streams: dict[str, _Stream] = {}
         #: Why no leg can be served; empty while they can.
         self._dead_reason = "the engine is not started"
@@ -116,9 +119,9 @@ class SimEngine:
             return
         self._dead_reason = reason
         self._died.set()
-        for future in self._prefills.values():
-            if not future.done():
-                future.set_exception(LegError(FailureKind.ENGINE, reason))
+        for prefill in self._prefills.values():
+            if not prefill.result.done():
+                prefill.result.set_exception(LegError(FailureKind.ENGINE, reason))
         for stream in self._streams.values():
             stream.fail(LegError(FailureKind.ENGINE, reason))
         self._prefills.clear()
@@ -154,10 +157,12 @@ class SimEngine:
             started.step_end = clock()
             return
         await self._pace(started, plan.work)
-        prefills, outputs = core.finish(clock(), plan)
-        for done in prefills:
+        result = core.finish(clock(), plan)
+        for readable in result.readable:
+            self._publish(started, readable)
+        for done in result.prefills:
             self._deliver(started, done)
-        for output in outputs:
+        for output in result.outputs:
             stream = self._streams[output.leg_id]
             if output.finish_reason:
                 del self._streams[output.leg_id]
@@ -172,43 +177,67 @@ class SimEngine:
         started.step_end = end_of_step(started.step_end, now, self._step_time.step_s(work) / self._options.speedup)
         await asyncio.sleep(max(0.0, started.step_end - now))
 
+    def _publish(self, started: _Started, readable: Readable) -> None:
+        """Lets the reader begin with what is computed."""
+        leg, prefill = readable.leg, self._prefills[readable.leg.leg_id]
+        if not prefill.handle and prefill.offered is not None:
+            offered, prefill.offered = prefill.offered, None
+            with suppress(OfferRefused):  # then it is offered as a whole, when it is done
+                prefill.handle = started.node.stream(
+                    transfer_id=leg.leg_id,
+                    tenant=leg.tenant,
+                    reader=leg.reader,
+                    tokens=len(leg.token_ids),
+                    ttl_s=leg.lease_ttl_s,
+                )
+                offered(prefill.handle)
+        if prefill.handle:
+            started.node.publish(leg.leg_id, readable.blocks, readable.tokens)
+
     def _deliver(self, started: _Started, done: PrefillDone) -> None:
         leg = done.leg
-        future = self._prefills.pop(leg.leg_id)
-        if future.done():  # cancelled in this very turn of the loop
+        prefill = self._prefills.pop(leg.leg_id)
+        if prefill.result.done():  # cancelled in this very turn of the loop
+            started.node.withdraw(leg.leg_id)
             started.core.end_lease(leg.leg_id)
             return
         if done.lease is None:
-            future.set_result(done.result)
+            prefill.result.set_result(done.result)
             return
         try:
-            handle = started.node.offer(
-                transfer_id=leg.leg_id,
-                tenant=leg.tenant,
-                reader=leg.reader,
-                block_ids=done.lease.blocks,
-                tokens=len(leg.token_ids),
-                ttl_s=leg.lease_ttl_s,
-            )
+            handle = self._lease(started, leg, prefill, done.lease.blocks)
         except OfferRefused as refused:
             started.core.end_lease(leg.leg_id)
-            future.set_exception(LegError(FailureKind.REJECTED, f"no lease: {refused}"))
+            prefill.result.set_exception(LegError(FailureKind.REJECTED, f"no lease: {refused}"))
         else:
-            future.set_result(replace(done.result, handle=handle))
+            prefill.result.set_result(replace(done.result, handle=handle))
+
+    def _lease(self, started: _Started, leg: PrefillLeg, prefill: _Prefill, blocks: tuple[int, ...]) -> bytes:
+        """The handle to a finished prompt's blocks: the one that is being read already, or a new one."""
+        tokens = len(leg.token_ids)
+        if prefill.handle and started.node.publish(leg.leg_id, blocks, tokens):
+            return prefill.handle
+        return started.node.offer(
+            transfer_id=leg.leg_id,
+            tenant=leg.tenant,
+            reader=leg.reader,
+            block_ids=blocks,
+            tokens=tokens,
+            ttl_s=leg.lease_ttl_s,
+        )
 
     # Legs
 
-    async def prefill(self, leg: PrefillLeg) -> PrefillResult:
+    async def prefill(self, leg: PrefillLeg, offered: Offered | None = None) -> PrefillResult:
         started = self._started()
         loop = asyncio.get_running_loop()
         started.core.add_prefill(loop.time(), leg)
         self._woken.set()
-        future: asyncio.Future[PrefillResult] = loop.create_future()
-        self._prefills[leg.leg_id] = future
+        prefill = self._prefills[leg.leg_id] = _Prefill(loop.create_future(), offered)
         try:
-            return await future
+            return await prefill.result
         except asyncio.CancelledError:
-            if self._prefills.get(leg.leg_id) is future:
+            if self._prefills.get(leg.leg_id) is prefill:
                 del self._prefills[leg.leg_id]
                 started.core.abort(leg.leg_id)
             # Or the result was on its way, with a lease that nobody will hear of.
@@ -246,9 +275,9 @@ class SimEngine:
 
     # The hand-off
 
-    async def fetch(self, handle: bytes, timeout_s: float) -> Staged:
+    async def fetch(self, handle: bytes, timeout_s: float, *, ahead: bool = False) -> Staged:
         node, cancel = self._started().node, Cancel()
-        work = self._started().threads.submit(node.fetch, handle, timeout_s, cancel)
+        work = self._started().threads.submit(lambda: node.fetch(handle, timeout_s, cancel, ahead=ahead))
         try:
             fetched = await asyncio.wrap_future(work)
         except FetchError as error:
@@ -313,6 +342,15 @@ class SimEngine:
         if self._state is not None:
             self._state.core.check_integrity(read_memory=read_memory)
             self._state.node.check_integrity()
+
+
+@dataclass(slots=True)
+class _Prefill:
+    result: asyncio.Future[PrefillResult]
+    #: Until it was called, or could not be.
+    offered: Offered | None
+    #: To what is read while it is computed.
+    handle: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -388,6 +426,19 @@ def _start(options: EngineOptions, hub: InprocHub | None, wake: Callable[[], Non
         )
     staging_pages = options.staging_bytes // memory.block_bytes
     staging = memory.pages(max(1, staging_pages))
+    incarnation = secrets.token_hex(8)
+    node = KvNode(
+        name=options.name,
+        incarnation=incarnation,
+        layout=layout,
+        model=options.served_model_name,
+        secret=options.cluster_secret,
+        transports=make_transports(options.transports, host=options.kv_host, hub=hub),
+        host=options.kv_host,
+        limits=NodeLimits(
+            rows=_LEASES_MAX, blocks_per_row=-(-max_model_len // options.block_tokens), fetches=_FETCHES_MAX
+        ),
+    )
     core = SimCore(
         CoreLimits(
             max_running=options.max_running,
@@ -401,19 +452,7 @@ def _start(options: EngineOptions, hub: InprocHub | None, wake: Callable[[], Non
         model.usable_tokens,
         staging=memory.stamps_of(staging),
         prefix_caching=options.prefix_caching,
-    )
-    incarnation = secrets.token_hex(8)
-    node = KvNode(
-        name=options.name,
-        incarnation=incarnation,
-        layout=layout,
-        model=options.served_model_name,
-        secret=options.cluster_secret,
-        transports=make_transports(options.transports, host=options.kv_host, hub=hub),
-        host=options.kv_host,
-        limits=NodeLimits(
-            rows=_LEASES_MAX, blocks_per_row=-(-max_model_len // options.block_tokens), fetches=_FETCHES_MAX
-        ),
+        withdraw=node.withdraw,
     )
     try:
         node.open(

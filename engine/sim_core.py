@@ -20,6 +20,7 @@ run out of blocks half-way; decodes that do preempt the leg admitted last, whose
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -83,6 +84,22 @@ class PrefillDone:
     lease: Lease | None
 
 
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """A leg that hands off is computed in part. What is there stays as it is until the leg's blocks are withdrawn."""
+
+    leg: PrefillLeg
+    blocks: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    prefills: tuple[PrefillDone, ...] = ()
+    outputs: tuple[StepOutput, ...] = ()
+    readable: tuple[Readable, ...] = ()
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A leg's state; changed by SimCore only."""
@@ -110,6 +127,9 @@ class Sequence:
     generated: int = 0
     #: Zero unless staged memory was not what its tokens make.
     taint: int = 0
+    #: Its blocks may be being read while they are computed. Not any more once they were withdrawn.
+    readable: bool = False
+    withdrawn: bool = False
     cached_tokens: int = 0
     started_s: float | None = None
 
@@ -151,8 +171,10 @@ class SimCore:
         usable_tokens: NDArray[np.uint32],
         staging: U64 | None = None,
         prefix_caching: bool = True,
+        withdraw: Callable[[str], object] = lambda leg_id: None,
     ) -> None:
-        """`usable_tokens`: what may be sampled. `staging`: `memory.stamps_of` the staging region."""
+        """`usable_tokens`: what may be sampled. `staging`: `memory.stamps_of` the staging region. `withdraw` is called
+        with a leg's id before blocks of it that were said to be `Readable` change."""
         if limits.max_model_len > pool.total * memory.block_tokens:
             raise ValueError(f"{pool.total} blocks cannot hold one sequence of {limits.max_model_len} tokens")
         self._limits = limits
@@ -162,6 +184,7 @@ class SimCore:
         self._usable_tokens = usable_tokens
         self._staging = staging
         self._prefix_caching = prefix_caching
+        self._withdraw = withdraw
         self._block_tokens = memory.block_tokens
         self._waiting: deque[Sequence] = deque()
         #: In the order of admission. Each has a row of its own.
@@ -195,6 +218,7 @@ class SimCore:
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
+            self._end_reading(sequence)
             self._pool.give_back(self._leave_row(sequence))
 
     def end_lease(self, leg_id: str) -> None:
@@ -296,6 +320,7 @@ class SimCore:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.totals.preemptions += 1
+        self._end_reading(sequence)
         self._pool.give_back(self._leave_row(sequence))
         sequence.computed = sequence.taint = 0
         self._waiting.appendleft(sequence)
@@ -379,6 +404,11 @@ class SimCore:
         sequence.blocks = []
         return blocks
 
+    def _end_reading(self, sequence: Sequence) -> None:
+        if sequence.readable:
+            sequence.readable, sequence.withdrawn = False, True
+            self._withdraw(sequence.leg.leg_id)
+
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
 
@@ -394,7 +424,7 @@ class SimCore:
 
     # Computing
 
-    def finish(self, now: float, plan: StepPlan) -> tuple[list[PrefillDone], list[StepOutput]]:
+    def finish(self, now: float, plan: StepPlan) -> StepResult:
         """Computes a plan's tokens, but for legs that were aborted since it was made."""
         self.totals.steps += 1
         chunks = [(sequence, count) for sequence, count in plan.chunks if sequence.row >= 0]
@@ -407,9 +437,10 @@ class SimCore:
             sequence.computed += count
             if sequence.computed >= (sequence.published_blocks + 1) * self._block_tokens:
                 self._publish(sequence)
+        readable = tuple(self._readable(chunks))
         sampled = [sequence for sequence, _ in chunks if sequence.computed == sequence.length]
         if not sampled:
-            return [], []
+            return StepResult(readable=readable)
         prefills: list[PrefillDone] = []
         outputs: list[StepOutput] = []
         for sequence, state in zip(sampled, self._attend(sampled), strict=True):
@@ -421,7 +452,16 @@ class SimCore:
                 outputs.append(self._finish_decode(sequence, token, reason, logprobs))
         if prefills or any(output.finish_reason for output in outputs):
             self._running = [sequence for sequence in self._running if sequence.row >= 0]
-        return prefills, outputs
+        return StepResult(tuple(prefills), tuple(outputs), readable)
+
+    def _readable(self, chunks: Seq[tuple[Sequence, int]]) -> Iterator[Readable]:
+        for sequence, _ in chunks:
+            leg = sequence.leg
+            if not isinstance(leg, PrefillLeg) or not leg.hand_off or sequence.withdrawn:
+                continue
+            if sequence.computed < sequence.length:
+                sequence.readable = True
+                yield Readable(leg, tuple(sequence.blocks), sequence.computed)
 
     def _compute_chunk(self, sequence: Sequence, count: int) -> None:
         start = sequence.computed
@@ -501,6 +541,7 @@ class SimCore:
         del self._sequences[leg.leg_id]
         blocks = self._leave_row(sequence)
         if not leg.hand_off or (reason is not None and not leg.resample):
+            self._end_reading(sequence)
             self._pool.give_back(blocks)
             return PrefillDone(leg, result, None)
         lease = self._leases[leg.leg_id] = Lease(leg, tuple(blocks))

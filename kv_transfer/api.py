@@ -25,6 +25,8 @@ class Outcome(Enum):
     REFUSED = 4
     #: No staging room, or too many fetches at once. The handle stays good: try again, here or later.
     FULL = 5
+    #: The lease held, but the bytes do not match the owner's digests; they were thrown away. As after STALE.
+    CORRUPT = 6
 
 
 class FetchError(Exception):
@@ -114,4 +116,5 @@ class NodeStats:
 
     @property
     def transfer_failures_total(self) -> int:
-        return self.fetch_outcomes.get(Outcome.FAILED, 0) + self.fetch_outcomes.get(Outcome.STALE, 0)
+        failures = (Outcome.FAILED, Outcome.STALE, Outcome.CORRUPT)
+        return sum(self.fetch_outcomes.get(outcome, 0) for outcome in failures)

@@ -84,7 +84,7 @@ class _Servicer(kv_pb2_grpc.KvLocalServicer):
         if not context.add_callback(cancel.set):
             return _failure(Outcome.FAILED, "cancelled")
         try:
-            fetched = self._node.fetch(request.handle, request.timeout_s, cancel)
+            fetched = self._node.fetch(request.handle, request.timeout_s, cancel, ahead=request.ahead)
         except FetchError as error:
             return _failure(error.outcome, error.detail)
         if cancel.is_set():
@@ -146,13 +146,13 @@ class AsyncKvClient:
         #: Discards that follow fetches without an answer; no more than there were fetches at once.
         self._discards: set[asyncio.Task[None]] = set()
 
-    async def fetch(self, handle: bytes, timeout_s: float) -> Fetched:
+    async def fetch(self, handle: bytes, timeout_s: float, *, ahead: bool = False) -> Fetched:
         """Like KvNode.fetch. Cancelling the awaiting task stops the read, and nothing stays staged."""
         try:
             staged_id = wire.to_handle(wire.parse_handle(handle)).staged_id
         except HandleRefused as refused:
             raise FetchError(Outcome.REFUSED, str(refused)) from refused
-        request = kv_pb2.FetchRequest(handle=handle, timeout_s=timeout_s)
+        request = kv_pb2.FetchRequest(handle=handle, timeout_s=timeout_s, ahead=ahead)
         try:
             response = await self._stub.Fetch(request, timeout=timeout_s + _ANSWER_S)
         except grpc.aio.AioRpcError as error:

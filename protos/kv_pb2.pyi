@@ -50,7 +50,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, caller: _Optional[str] = ..., nonce: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class PeerDescription(_message.Message):
-    __slots__ = ("name", "incarnation", "layout", "transports", "arena_offset", "segment_stride", "block_stride", "blocks", "board_rows", "board_row_bytes", "model", "mac")
+    __slots__ = ("name", "incarnation", "layout", "transports", "arena_offset", "segment_stride", "block_stride", "blocks", "board_rows", "board_row_bytes", "model", "digests", "mac")
     class LayoutEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +76,7 @@ class PeerDescription(_message.Message):
     BOARD_ROWS_FIELD_NUMBER: _ClassVar[int]
     BOARD_ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     MAC_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: str
@@ -88,8 +89,9 @@ class PeerDescription(_message.Message):
     board_rows: int
     board_row_bytes: int
     model: str
+    digests: bool
     mac: bytes
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout: _Optional[_Mapping[str, str]] = ..., transports: _Optional[_Mapping[str, bytes]] = ..., arena_offset: _Optional[int] = ..., segment_stride: _Optional[int] = ..., block_stride: _Optional[int] = ..., blocks: _Optional[int] = ..., board_rows: _Optional[int] = ..., board_row_bytes: _Optional[int] = ..., model: _Optional[str] = ..., mac: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout: _Optional[_Mapping[str, str]] = ..., transports: _Optional[_Mapping[str, bytes]] = ..., arena_offset: _Optional[int] = ..., segment_stride: _Optional[int] = ..., block_stride: _Optional[int] = ..., blocks: _Optional[int] = ..., board_rows: _Optional[int] = ..., board_row_bytes: _Optional[int] = ..., model: _Optional[str] = ..., digests: _Optional[bool] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("handle",)
@@ -120,12 +122,14 @@ class ExtendResponse(_message.Message):
     def __init__(self, held: _Optional[bool] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("handle", "timeout_s")
+    __slots__ = ("handle", "timeout_s", "ahead")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_FIELD_NUMBER: _ClassVar[int]
     handle: bytes
     timeout_s: float
-    def __init__(self, handle: _Optional[bytes] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    ahead: bool
+    def __init__(self, handle: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., ahead: _Optional[bool] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("outcome", "detail", "staged_id", "tokens", "transport", "bytes", "fetch_s")
@@ -137,12 +141,14 @@ class FetchResponse(_message.Message):
         FAILED: _ClassVar[FetchResponse.Outcome]
         REFUSED: _ClassVar[FetchResponse.Outcome]
         FULL: _ClassVar[FetchResponse.Outcome]
+        CORRUPT: _ClassVar[FetchResponse.Outcome]
     OUTCOME_UNSPECIFIED: FetchResponse.Outcome
     STAGED: FetchResponse.Outcome
     STALE: FetchResponse.Outcome
     FAILED: FetchResponse.Outcome
     REFUSED: FetchResponse.Outcome
     FULL: FetchResponse.Outcome
+    CORRUPT: FetchResponse.Outcome
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     STAGED_ID_FIELD_NUMBER: _ClassVar[int]

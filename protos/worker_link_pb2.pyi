@@ -35,7 +35,7 @@ FAILURE_ENGINE: Failure
 FAILURE_EXPIRED: Failure
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "step", "prefill_done", "fetched", "leg_failed", "load", "role_changed", "draining", "peer_lane", "offered")
+    __slots__ = ("hello", "step", "prefill_done", "fetched", "leg_failed", "load", "role_changed", "draining", "peer_lane", "offered", "introduction")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     PREFILL_DONE_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class WorkerMessage(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PEER_LANE_FIELD_NUMBER: _ClassVar[int]
     OFFERED_FIELD_NUMBER: _ClassVar[int]
+    INTRODUCTION_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     step: StepOutputs
     prefill_done: PrefillDone
@@ -56,10 +57,11 @@ class WorkerMessage(_message.Message):
     draining: Draining
     peer_lane: PeerLane
     offered: Offered
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[StepOutputs, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ..., leg_failed: _Optional[_Union[LegFailed, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., role_changed: _Optional[_Union[RoleChanged, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., peer_lane: _Optional[_Union[PeerLane, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ...) -> None: ...
+    introduction: Introduction
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[StepOutputs, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ..., leg_failed: _Optional[_Union[LegFailed, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., role_changed: _Optional[_Union[RoleChanged, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., peer_lane: _Optional[_Union[PeerLane, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., introduction: _Optional[_Union[Introduction, _Mapping]] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("welcome", "prefill", "decode", "cancel", "release", "drain", "set_role", "peers")
+    __slots__ = ("welcome", "prefill", "decode", "cancel", "release", "drain", "set_role", "peers", "challenge", "fetch_ahead")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +70,8 @@ class RouterMessage(_message.Message):
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     SET_ROLE_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    FETCH_AHEAD_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     prefill: PrefillOrder
     decode: DecodeOrder
@@ -76,10 +80,32 @@ class RouterMessage(_message.Message):
     drain: Drain
     set_role: SetRole
     peers: Peers
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prefill: _Optional[_Union[PrefillOrder, _Mapping]] = ..., decode: _Optional[_Union[DecodeOrder, _Mapping]] = ..., cancel: _Optional[_Union[CancelLeg, _Mapping]] = ..., release: _Optional[_Union[ReleaseLease, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., set_role: _Optional[_Union[SetRole, _Mapping]] = ..., peers: _Optional[_Union[Peers, _Mapping]] = ...) -> None: ...
+    challenge: Challenge
+    fetch_ahead: FetchAhead
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prefill: _Optional[_Union[PrefillOrder, _Mapping]] = ..., decode: _Optional[_Union[DecodeOrder, _Mapping]] = ..., cancel: _Optional[_Union[CancelLeg, _Mapping]] = ..., release: _Optional[_Union[ReleaseLease, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., set_role: _Optional[_Union[SetRole, _Mapping]] = ..., peers: _Optional[_Union[Peers, _Mapping]] = ..., challenge: _Optional[_Union[Challenge, _Mapping]] = ..., fetch_ahead: _Optional[_Union[FetchAhead, _Mapping]] = ...) -> None: ...
+
+class Introduction(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "nonce")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    nonce: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class Challenge(_message.Message):
+    __slots__ = ("router_id", "nonce", "proof")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    nonce: bytes
+    proof: bytes
+    def __init__(self, router_id: _Optional[str] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "labels", "model", "capacity", "kv", "engine", "engine_version", "pid")
+    __slots__ = ("worker_id", "incarnation", "role", "labels", "model", "capacity", "kv", "engine", "engine_version", "pid", "proof")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +123,7 @@ class Hello(_message.Message):
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     ENGINE_VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: Role
@@ -107,7 +134,8 @@ class Hello(_message.Message):
     engine: str
     engine_version: str
     pid: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., capacity: _Optional[_Union[Capacity, _Mapping]] = ..., kv: _Optional[_Union[KvEndpoint, _Mapping]] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., capacity: _Optional[_Union[Capacity, _Mapping]] = ..., kv: _Optional[_Union[KvEndpoint, _Mapping]] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., pid: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "revision", "max_model_len", "vocab_size", "eos_token_ids")
@@ -201,6 +229,16 @@ class DecodeOrder(_message.Message):
     timeout_s: float
     handle: bytes
     def __init__(self, leg_id: _Optional[str] = ..., tenant: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., handle: _Optional[bytes] = ...) -> None: ...
+
+class FetchAhead(_message.Message):
+    __slots__ = ("leg_id", "handle", "timeout_s")
+    LEG_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    leg_id: str
+    handle: bytes
+    timeout_s: float
+    def __init__(self, leg_id: _Optional[str] = ..., handle: _Optional[bytes] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class CancelLeg(_message.Message):
     __slots__ = ("leg_id",)

@@ -4,6 +4,8 @@ isort:skip_file
 The one stream between a router and a worker. Workers dial; a broken stream means every leg on it is lost.
 A leg is one piece of a request's work at one worker: "<request>/<attempt>/p" or ".../d". Late messages about a leg
 that is no longer known are ignored by both sides.
+A stream begins with Introduction, Challenge, Hello, Welcome; trust/join.py says what is proved by them. A router that
+asks nobody for proof takes a Hello at once, too.
 """
 
 from collections import abc as _abc

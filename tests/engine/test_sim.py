@@ -437,10 +437,10 @@ async def test_a_cancelled_prefill_leaves_nothing_wherever_it_was(model: Path) -
 
 async def test_a_prefill_cancelled_after_its_lease_was_offered_ends_the_lease(pair: Pair) -> None:
     task = asyncio.create_task(pair.prefill.prefill(prefill_leg("a", prompt_of(100), lease_ttl_s=600)))
-    future = None
-    while future is None or not future.done():
+    prefill = None
+    while prefill is None or not prefill.result.done():
         await asyncio.sleep(0)
-        future = pair.prefill._prefills.get("a", future)
+        prefill = pair.prefill._prefills.get("a", prefill)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -86,10 +86,10 @@ class World:
         return plan.work.prefill_tokens + plan.work.decodes
 
     def finish(self, plan: Any, now: float = 0.0) -> None:
-        prefills, outputs = self.core.finish(now, plan)
-        for done in prefills:
+        result = self.core.finish(now, plan)
+        for done in result.prefills:
             self.prefilled[done.leg.leg_id] = done
-        for output in outputs:
+        for output in result.outputs:
             self.cached.setdefault(output.leg_id, output.cached_tokens)
             self.answers.setdefault(output.leg_id, []).extend(output.token_ids)
             if output.finish_reason:
@@ -264,7 +264,7 @@ def test_logprobs_have_the_shape_that_was_asked_for() -> None:
     for wanted in (None, 0, 3):
         world.decode(str(wanted), prompt_of(10), replace(GREEDY, logprobs=wanted))
         while world.core.running or world.core.waiting:
-            _, outputs = world.core.finish(0.0, world.core.begin(0.0))
+            outputs = world.core.finish(0.0, world.core.begin(0.0)).outputs
             seen += [(wanted, output) for output in outputs]
     for wanted, output in seen:
         if wanted is None:

@@ -13,6 +13,7 @@ from engine.base import (
     FinishReason,
     LegError,
     ModelInfo,
+    Offered,
     PeerLane,
     PrefillLeg,
     PrefillResult,
@@ -38,8 +39,11 @@ class ScriptedEngine:
     once: a prefill samples 7, a fetch stages, a connect finds a lane. A decode waits for `push`."""
 
     def __init__(self) -> None:
-        #: Steps that wait for `let_go`: "start", "prefill", "fetch", "connect", "load", "stop", and "abort" of any.
+        #: Steps that wait for `let_go`: "start", "prefill", "fetch", "fetch ahead", "connect", "load", "stop", and
+        #: "abort" of any.
         self.held: set[str] = set()
+        #: Offer a prefill's blocks when it begins.
+        self.streams = False
         self.failing: dict[str, Exception] = {}
         #: What began, ended by itself, and was aborted: "<step> <leg>".
         self.begun: list[str] = []
@@ -89,16 +93,18 @@ class ScriptedEngine:
         await self._step("stop", "")
         self.stopped = True
 
-    async def prefill(self, leg: PrefillLeg) -> PrefillResult:
+    async def prefill(self, leg: PrefillLeg, offered: Offered | None = None) -> PrefillResult:
         name = self._name(leg)
-        await self._step("prefill", name)
         handle = b"handle of " + leg.leg_id.encode() if leg.hand_off else None
+        if handle and offered and self.streams:
+            offered(handle)
+        await self._step("prefill", name)
         if handle:
             self.leases.add(handle)
         return PrefillResult(token_id=7, handle=handle, queue_s=0.25, prefill_s=0.5)
 
-    async def fetch(self, handle: bytes, timeout_s: float) -> Staged:
-        await self._step("fetch", handle.decode())
+    async def fetch(self, handle: bytes, timeout_s: float, *, ahead: bool = False) -> Staged:
+        await self._step("fetch ahead" if ahead else "fetch", handle.decode())
         self.leases.discard(handle)
         return Staged(staged_id=handle.decode(), tokens=3, transport="scripted", transfer_bytes=48, fetch_s=timeout_s)
 
