@@ -40,6 +40,15 @@ class MethodNotAllowed(errors.TandemError):
     reason = "METHOD_NOT_ALLOWED"
 
 
+class Unimplemented(errors.TandemError):
+    """A method of somebody else's protocol that there is nothing for here."""
+
+    reason = "UNIMPLEMENTED"
+
+    def __init__(self, method: str, why: str) -> None:
+        super().__init__(f"{method} is not supported: {why}")
+
+
 class Answers(NamedTuple):
     """How each protocol calls a kind of error."""
 
@@ -64,6 +73,7 @@ _TABLE: dict[type[errors.TandemError], Answers] = {
     errors.Cancelled: Answers(grpc.StatusCode.CANCELLED, 499, "cancelled"),
     errors.Misfit: Answers(grpc.StatusCode.FAILED_PRECONDITION, 409, "conflict"),
     errors.Internal: Answers(grpc.StatusCode.INTERNAL, 500, "server_error"),
+    Unimplemented: Answers(grpc.StatusCode.UNIMPLEMENTED, 501, "invalid_request_error"),
     # Of HTTP only: gRPC refuses these by itself.
     BodyTooLarge: Answers(grpc.StatusCode.RESOURCE_EXHAUSTED, 413, "invalid_request_error"),
     BodyTooSlow: Answers(grpc.StatusCode.DEADLINE_EXCEEDED, 408, "timeout"),
@@ -123,6 +133,20 @@ def openai_error(error: errors.TandemError) -> bytes:
     return msgspec.json.encode({"error": said})
 
 
+def kserve_error(error: errors.TandemError) -> str:
+    """For a stream that goes on: JSON, as there is no status to carry details."""
+    said: dict[str, str | float] = {
+        "error": error.message,
+        "code": answers(error).grpc.name,
+        "reason": error.reason,
+    }
+    if isinstance(error, errors.Invalid):
+        said["field"] = error.field
+    if error.retry_after_s is not None:
+        said["retry_after_s"] = error.retry_after_s
+    return msgspec.json.encode(said).decode()
+
+
 def _openai_code(error: errors.TandemError) -> str:
     """OpenAI's own where there is one that clients look for; else our reason, in its spelling."""
     if isinstance(error, PastContext):
@@ -153,8 +177,13 @@ async def answer(context: grpc.aio.ServicerContext, work: Callable[[], Awaitable
     except errors.TandemError as error:
         await abort(context, error)
     except Exception:
-        _log.exception("internal error")
-        await abort(context, errors.Internal("internal error; the server's log has the details"))
+        await abort(context, internal())
+
+
+def internal() -> errors.Internal:
+    """For whom a fault of ours, the one being handled, hit."""
+    _log.exception("internal error")
+    return errors.Internal("internal error; the server's log has the details")
 
 
 def _details(error: errors.TandemError) -> list[Message]:
