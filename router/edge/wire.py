@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from protos import control_pb2, inference_pb2, worker_link_pb2
@@ -39,33 +40,33 @@ _OPTIONAL = tuple(field.name for field in inference_pb2.Sampling.DESCRIPTOR.fiel
 
 
 def generate_request(data: bytes) -> inference_pb2.GenerateRequest:
-    return _parse(inference_pb2.GenerateRequest, data)
+    return parse(inference_pb2.GenerateRequest, data)
 
 
 def list_models_request(data: bytes) -> inference_pb2.ListModelsRequest:
-    return _parse(inference_pb2.ListModelsRequest, data)
+    return parse(inference_pb2.ListModelsRequest, data)
 
 
 def status_request(data: bytes) -> control_pb2.GetStatusRequest:
-    return _parse(control_pb2.GetStatusRequest, data)
+    return parse(control_pb2.GetStatusRequest, data)
 
 
 def drain_request(data: bytes) -> control_pb2.DrainWorkerRequest:
-    return _parse(control_pb2.DrainWorkerRequest, data)
+    return parse(control_pb2.DrainWorkerRequest, data)
 
 
 def role_request(data: bytes) -> control_pb2.SetWorkerRoleRequest:
-    return _parse(control_pb2.SetWorkerRoleRequest, data)
+    return parse(control_pb2.SetWorkerRoleRequest, data)
 
 
-def _parse(kind: type[M], data: bytes) -> M:
+def parse(kind: type[M], data: bytes) -> M:
     """Raises Invalid. gRPC's own deserializer would answer INTERNAL and name nothing."""
     try:
         return kind.FromString(data)
     except DecodeError:
         pass
     try:
-        for field in _not_utf8(_with_bytes_for_strings(kind.DESCRIPTOR.full_name).FromString(data)):
+        for field in _not_utf8(_with_bytes_for_strings(kind).FromString(data)):
             raise Invalid(field, "is not valid UTF-8")
     except DecodeError:
         pass
@@ -73,17 +74,17 @@ def _parse(kind: type[M], data: bytes) -> M:
 
 
 @cache
-def _with_bytes_for_strings(name: str) -> type[Message]:
+def _with_bytes_for_strings(kind: type[Message]) -> type[Message]:
     """The message as it would be if its text fields were bytes: it parses what the real one refuses."""
     pool = descriptor_pool.DescriptorPool()
-    _add(pool, descriptor_pool.Default().FindMessageTypeByName(name).file.name)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
+    _add(pool, kind.DESCRIPTOR.file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(kind.DESCRIPTOR.full_name))
 
 
-def _add(pool: descriptor_pool.DescriptorPool, file_name: str) -> None:
+def _add(pool: descriptor_pool.DescriptorPool, original: FileDescriptor) -> None:
     file = descriptor_pb2.FileDescriptorProto()
-    descriptor_pool.Default().FindFileByName(file_name).CopyToProto(file)
-    for dependency in file.dependency:
+    original.CopyToProto(file)
+    for dependency in original.dependencies:
         _add(pool, dependency)
     for message in file.message_type:
         for field in message.field:
