@@ -17,7 +17,7 @@ from router.core.worker import ModelFacts
 from router.edge.text import ModelText
 
 #: Seeds are signed 64-bit on the wire, and engines take no negative ones.
-_SEED_MAX = 2**63 - 1
+SEED_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "min_p": (0.0, 1.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
-    "seed": (0, _SEED_MAX),
+    "seed": (0, SEED_MAX),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 from uuid import uuid4
 
@@ -17,7 +17,7 @@ from router.core.effects import Finished, Tokens
 from router.core.errors import Expired, NotFound, Unavailable
 from router.core.request import GenerationRequest, TokenLogprobs
 from router.core.worker import ModelFacts
-from router.edge.admit import Asked, Rules
+from router.edge.admit import SEED_MAX, Asked, Rules
 from router.edge.identity import NOBODY, Authenticator, Presented
 from router.edge.text import ModelText, TextStream
 from router.port import CorePort, ModelView, RequestStream
@@ -52,6 +52,13 @@ class Wanted:
 class Accepted(NamedTuple):
     request: GenerationRequest
     stops: tuple[str, ...]
+
+    def sibling(self, number: int, request_id: str) -> Accepted:
+        """Another answer to the same prompt: alike, but for its id, and for its seed, or all would say the same."""
+        sampling = self.request.sampling
+        if sampling.seed is not None and number:
+            sampling = replace(sampling, seed=(sampling.seed + number) % (SEED_MAX + 1))
+        return Accepted(replace(self.request, request_id=request_id, sampling=sampling), self.stops)
 
 
 class Part(NamedTuple):
