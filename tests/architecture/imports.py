@@ -35,8 +35,8 @@ ONLY_IN = {
     "ucxx": ("kv_transfer/",),
 }
 
-#: Where protobuf's messages may be seen: a package's wire.py, and the ends of services that are hardly more than wire.
-SEES_MESSAGES = ("kv_transfer/peer.py", "kv_transfer/local.py")
+#: Where protobuf's messages may be seen: a package's wire.py, one for each further protocol (*_wire.py), and the ends of services that are hardly more than wire.
+SEES_MESSAGES = ("kv_transfer/peer.py", "kv_transfer/local.py", "router/edge/reflection.py")
 
 #: A core is told the time and what happened, and answers with what it wants done.
 # fmt: off
@@ -102,7 +102,7 @@ def judge_import(path: str, module: str) -> Iterator[str]:
             yield f"imports {module}: of ours, a core imports only cores"
         elif library == "random" and module not in ("random", "random.Random"):
             yield f"imports {module}: a core draws from its own random.Random"
-    elif library == "protos" and package != "protos" and file != "wire.py" and "_pb2_grpc" not in module:
+    elif library == "protos" and package != "protos" and not file.endswith("wire.py") and "_pb2_grpc" not in module:
         if path in SEES_MESSAGES:
             return
         yield f"imports {module}: messages stop at wire.py; elsewhere only a *_pb2_grpc, to make a server or stub"
