@@ -9,6 +9,7 @@ Then nothing is read for five seconds, and the CPU time of processes that each h
 
     make bench-kv
     make bench-kv ARGS="--seconds 10"
+    make bench-kv ARGS="--ucx"              # ucxx in place of NIXL: a process has room for one UCX
 """
 
 from __future__ import annotations
@@ -340,8 +341,9 @@ def as_row(case: Case, rounds: Sequence[Round], lane: str) -> Row:
 
 def checks(rounds: Mapping[Case, Sequence[Round]], idle: Mapping[str, float]) -> list[Check]:
     large = rounds[LARGE]
+    nixl = [] if "ucx" in idle else [at_least("nixl over raw CMA, 64 MiB", ratio(LARGE, large, "nixl", "raw CMA"), 0.9)]
     return [
-        at_least("nixl over raw CMA, 64 MiB", ratio(LARGE, large, "nixl", "raw CMA"), 0.9),
+        *nixl,
         at_least("shm over raw CMA, 64 MiB", ratio(LARGE, large, "shm", "raw CMA"), 0.9),
         at_least("tcp over plain sockets, 64 MiB", ratio(LARGE, large, "tcp", "sockets"), 0.9),
         *(at_most(f"idle CPU of {name}, share of a core", idle[name], 0.02) for name in sorted(idle)),
@@ -351,13 +353,15 @@ def checks(rounds: Mapping[Case, Sequence[Round]], idle: Mapping[str, float]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0, help="to measure reads for")
+    parser.add_argument("--ucx", action="store_true", help="measure ucxx instead of NIXL; needs requirements/ucx.txt")
     arguments = parser.parse_args()
     env = environment()
-    names = [name for name in ("nixl", "shm", "tcp") if name != "nixl" or importlib.util.find_spec("nixl_cu12")]
+    over_ucx = ["ucx"] if arguments.ucx else ["nixl"] if importlib.util.find_spec("nixl_cu12") else []
+    names = [*over_ucx, "shm", "tcp"]
     rounds = measure(names, arguments.seconds)
     idle = idle_shares(names)
     rows = [as_row(case, rounds[case], lane) for case in CASES for lane in sorted(rounds[case][0].took_s)]
-    report("kv", rows, checks(rounds, idle), env)
+    report("kv-ucx" if arguments.ucx else "kv", rows, checks(rounds, idle), env)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,12 @@ registered. It is given to authenticated peers of the cluster, and never logged.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import secrets
-import sys
 import threading
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -37,6 +35,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from kv_transfer import ucx_stack
 from kv_transfer.segments import check_bounds
 from kv_transfer.transport import PeerGone, ReadTimedOut, Region, Segments, TransportError, Unquiesced
 
@@ -81,27 +80,6 @@ class _Hung:
 
     transfer: Any
     remote: _Remote
-
-
-def prepare_environment(environment: MutableMapping[str, str], host: str) -> list[str]:
-    """Sets what NIXL and UCX read from the environment, unless it is set; the other UCX settings found there.
-
-    Without a device given, UCX listens on every interface; a node on loopback must not.
-    """
-    environment.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
-    if _is_loopback(host):
-        environment.setdefault("UCX_NET_DEVICES", "lo")
-    expected = ("UCX_WARN_UNUSED_ENV_VARS", "UCX_NET_DEVICES")
-    return sorted(
-        f"{name}={value}" for name, value in environment.items() if name.startswith("UCX_") and name not in expected
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class NixlTransport:
@@ -312,11 +290,8 @@ _making = threading.Lock()
 
 def _make_agent(name: str, host: str) -> Any:
     """An agent with a UCX backend and a progress thread that sleeps."""
-    if loaded := {"ucxx", "ucp"} & sys.modules.keys():
-        raise TransportError(
-            f"{min(loaded)} is loaded in this process, with a UCX of its own; NIXL needs another process"
-        )
-    found = prepare_environment(os.environ, host)
+    ucx_stack.only("NIXL")
+    found = ucx_stack.prepare_environment(os.environ, host)
     if found:
         log.warning("UCX settings in the environment: %s", ", ".join(found))
     api = _load()

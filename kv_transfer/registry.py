@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from kv_transfer.inproc import InprocHub, InprocTransport
-from kv_transfer.transport import Transport
+from kv_transfer.transport import Transport, TransportError
 
-NAMES = ("inproc", "nixl", "shm", "tcp")
+NAMES = ("inproc", "nixl", "shm", "tcp", "ucx")
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ def make_transports(names: Sequence[str], *, host: str = "127.0.0.1", hub: Inpro
     """
     if unknown := [name for name in names if name not in NAMES]:
         raise TransportUnavailable(f"unknown transport {unknown[0]!r}; there are {', '.join(NAMES)}")
+    if "nixl" in names and "ucx" in names:
+        raise TransportUnavailable('transports "nixl" and "ucx" bring a UCX each; one process has room for one of them')
     made, missing = [], []
     for name in names:
         try:
@@ -53,6 +55,8 @@ def _make(name: str, host: str, hub: InprocHub | None) -> Transport:
             from kv_transfer.tcp import TcpTransport
 
             return TcpTransport(host)
+        case "ucx":
+            return _make_ucx(host)
     raise AssertionError(name)
 
 
@@ -63,6 +67,17 @@ def _make_nixl(host: str) -> Transport:
         return NixlTransport(host)
     except ImportError as error:
         raise TransportUnavailable(f'transport "nixl" needs the package nixl-cu12 ({error})') from error
+
+
+def _make_ucx(host: str) -> Transport:
+    try:
+        from kv_transfer.ucx import UcxTransport
+
+        return UcxTransport(host)
+    except ImportError as error:
+        raise TransportUnavailable(f'transport "ucx" needs the package ucxx-cu12 ({error})') from error
+    except TransportError as error:
+        raise TransportUnavailable(f'transport "ucx": {error}') from error
 
 
 def _make_shm() -> Transport:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kv_transfer.api import FetchError, NodeLimits, Outcome
-from kv_transfer.registry import TransportUnavailable, make_transports
+from kv_transfer.registry import make_transports
 from kv_transfer.segments import one_segment
 from kv_transfer.transport import ARENA, STAGING, Region, TransportError, Unquiesced
 from tests.kv_transfer.nodes import Party, eventually, open_party
@@ -127,32 +127,6 @@ def test_two_ucx_in_one_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     regions, _memory = memory_regions(7)
     with pytest.raises(TransportError, match="ucxx is loaded"):
         transport.register(regions)
-
-
-def test_ucx_stays_on_loopback_where_the_node_does_unless_told_otherwise() -> None:
-    from kv_transfer.nixl import prepare_environment
-
-    environment: dict[str, str] = {}
-    assert prepare_environment(environment, "127.0.0.1") == []
-    assert environment["UCX_NET_DEVICES"] == "lo"
-    chosen = {"UCX_NET_DEVICES": "eth0", "UCX_TLS": "tcp"}
-    assert prepare_environment(chosen, "localhost") == ["UCX_TLS=tcp"]
-    assert chosen["UCX_NET_DEVICES"] == "eth0"
-    public: dict[str, str] = {}
-    prepare_environment(public, "10.0.0.1")
-    assert "UCX_NET_DEVICES" not in public
-
-
-def test_a_transport_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TransportUnavailable, match="unknown transport 'pigeon'"):
-        make_transports(["pigeon"])
-    with pytest.raises(TransportUnavailable, match="hub"):
-        make_transports(["inproc"])
-
-    monkeypatch.setitem(sys.modules, "nixl_cu12", None)
-    with pytest.raises(TransportUnavailable, match="package nixl-cu12"):
-        make_transports(["nixl"])
-    assert [transport.name for transport in make_transports(["nixl", "tcp"])] == ["tcp"]
 
 
 # -- hand-offs between two processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -67,6 +68,8 @@ HARNESSES: dict[str, Callable[[ExitStack], InprocHarness | ProcessHarness]] = {
     "shm": lambda cleanup: ProcessHarness(cleanup, "shm"),
     "tcp": lambda cleanup: ProcessHarness(cleanup, "tcp"),
 }
+if "ucxx" in sys.modules:  # not beside NIXL: test_ucx.py runs these in a process of its own
+    HARNESSES = {"ucx": lambda cleanup: ProcessHarness(cleanup, "ucx")}
 _NEEDS = {"nixl": "nixl_cu12"}
 
 
