@@ -28,6 +28,10 @@ class RequestLimits:
     stop_chars_max: int = 256
     stop_token_ids_max: int = 64
     logprobs_max: int = 20
+    #: Of a JSON schema, expression or grammar that an answer must follow.
+    structure_bytes_max: int = 65_536
+    #: Tokens that one request may make likelier or less so.
+    logit_bias_max: int = 1_024
     #: Tokens to generate when the client names no number.
     max_tokens_default: int = 256
     #: Time a request gets when the client names no deadline, and the most it can get.

@@ -8,7 +8,7 @@ from protos import inference_pb2, worker_link_pb2
 from router.core import effects as fx
 from router.core import events as ev
 from router.core.errors import Invalid
-from router.core.request import FinishReason, Sampling, TokenLogprobs
+from router.core.request import FinishReason, Sampling, Structure, StructureKind, TokenLogprobs
 from router.core.worker import Capacity, KvEndpoint, Load, ModelFacts, PeerLane, Role, WorkerFacts
 
 WorkerMessage = worker_link_pb2.WorkerMessage
@@ -63,6 +63,7 @@ def facts(hello: worker_link_pb2.Hello) -> WorkerFacts:
             max_model_len=hello.model.max_model_len,
             vocab_size=hello.model.vocab_size,
             eos_token_ids=tuple(hello.model.eos_token_ids),
+            features=tuple(sorted(hello.model.features)),
         ),
         capacity=Capacity(
             prefill_legs=hello.capacity.prefill_legs,
@@ -229,7 +230,22 @@ def _sampling(sampling: Sampling) -> inference_pb2.Sampling:
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        structure=_structure(sampling.structure),
+        logit_bias=dict(sampling.logit_bias),
     )
+
+
+def _structure(structure: Structure | None) -> inference_pb2.Structure | None:
+    match structure:
+        case None:
+            return None
+        case (StructureKind.JSON_SCHEMA, text):
+            return inference_pb2.Structure(json_schema=text)
+        case (StructureKind.REGEX, text):
+            return inference_pb2.Structure(regex=text)
+        case (StructureKind.GRAMMAR, text):
+            return inference_pb2.Structure(grammar=text)
+    return inference_pb2.Structure(json_object=True)
 
 
 def _peer(peer: WorkerFacts) -> worker_link_pb2.Peer:

@@ -17,6 +17,8 @@ from engine.base import (
     Sampling,
     Staged,
     StepOutput,
+    Structure,
+    StructureKind,
     TokenLogprobs,
 )
 from prefill.service import PrefillOrder
@@ -136,7 +138,20 @@ def _sampling(sampling: inference_pb2.Sampling) -> Sampling:
         )
         if sampling.HasField(name)
     }
-    return Sampling(max_tokens=sampling.max_tokens, stop_token_ids=tuple(sampling.stop_token_ids), **given)
+    return Sampling(
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        structure=_structure(sampling.structure),
+        logit_bias=tuple(sampling.logit_bias.items()),
+        **given,
+    )
+
+
+def _structure(structure: inference_pb2.Structure) -> Structure | None:
+    kind = structure.WhichOneof("kind")
+    if kind is None:
+        return None
+    return Structure(StructureKind(kind), "" if kind == "json_object" else getattr(structure, kind))
 
 
 def _peer(peer: worker_link_pb2.Peer) -> messages.Peer:
@@ -169,6 +184,7 @@ def hello(
                 max_model_len=info.model.max_model_len,
                 vocab_size=info.model.vocab_size,
                 eos_token_ids=info.model.eos_token_ids,
+                features=info.model.features,
             ),
             capacity=worker_link_pb2.Capacity(
                 prefill_legs=prefill_legs,

@@ -532,7 +532,10 @@ class Core:
             self._expire(now, opened)
         elif event.failure is ev.Failure.INVALID:
             self.state.note(now, opened, why)
-            self._end(now, opened, Trigger.FAIL, Invalid("request", "the engine refused it"))
+            refused = Invalid("request", "the engine refused it")
+            if opened.request.sampling.structure is not None:
+                refused = Invalid("sampling.structure", "the engine cannot follow it")
+            self._end(now, opened, Trigger.FAIL, refused)
         else:
             again(now, opened, why)
 
@@ -813,7 +816,8 @@ class Core:
         self.stats.decode_retries += 1
         self._let_go(opened)
         self.state.drop_slot(opened)
-        if opened.decode_failures >= self.limits.decode_attempts_max:
+        is_lost = opened.replay_failed and opened.request.sampling.structure is not None
+        if is_lost or opened.decode_failures >= self.limits.decode_attempts_max:
             self.state.note(now, opened, why)
             message = f"workers failed it {opened.retries} times"
             self._end(now, opened, Trigger.FAIL, Lost(message, retry_after_s=self.limits.retry_after_s))

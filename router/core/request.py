@@ -31,6 +31,21 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class StructureKind(Enum):
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    #: EBNF, with a rule called root.
+    GRAMMAR = "grammar"
+
+
+class Structure(NamedTuple):
+    """What the whole answer must look like. `text` is the schema, expression or grammar."""
+
+    kind: StructureKind
+    text: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are chosen and when to stop. Complete and valid: edges fill defaults in and check ranges.
@@ -52,6 +67,9 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    structure: Structure | None = None
+    #: Token ids, and what is added to their logits.
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+#: Names that `ModelFacts.features` may have.
+STRUCTURE, LOGIT_BIAS = "structure", "logit_bias"
+
 
 class Role(Enum):
     PREFILL = "prefill"
@@ -21,6 +24,8 @@ class ModelFacts:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
+    #: What requests may ask for beyond what every engine does.
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +91,7 @@ def misfit(ours: WorkerFacts, theirs: WorkerFacts) -> str:
     """Names every fact that keeps two workers of one model from sharing requests; empty when they fit."""
     differences = [
         f"model.{name}: {_brief(mine)} in the pool, {_brief(other)} offered"
-        for name in ("revision", "max_model_len", "vocab_size", "eos_token_ids")
+        for name in ("revision", "max_model_len", "vocab_size", "eos_token_ids", "features")
         if (mine := getattr(ours.model, name)) != (other := getattr(theirs.model, name))
     ]
     if ours.capacity.block_tokens != theirs.capacity.block_tokens:

@@ -6,16 +6,18 @@ set of rules, whatever the protocol.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from router.config import RequestLimits
 from router.core.errors import Invalid, OutOfRange
-from router.core.request import Lane, Sampling
-from router.core.worker import ModelFacts
+from router.core.request import Lane, Sampling, Structure, StructureKind
+from router.core.worker import LOGIT_BIAS, STRUCTURE, ModelFacts
 from router.edge.text import ModelText
 
+_LOGIT_BIAS_MAX = 100.0
 #: Seeds are signed 64-bit on the wire, and engines take no negative ones.
 SEED_MAX = 2**63 - 1
 
@@ -38,6 +40,9 @@ class Asked:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool | None = None
     logprobs: int | None = None
+    structure: Structure | None = None
+    #: Token ids, and what to add to their logits.
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 class PastContext(OutOfRange):
@@ -114,6 +119,9 @@ class Rules:
         max_tokens = self._max_tokens(asked.max_tokens, prompt_tokens, facts)
         _check("min_tokens", asked.min_tokens, 0, max_tokens)
         self._check_stops(asked, facts)
+        self._check_logit_bias(asked.logit_bias, facts)
+        if asked.structure is not None:
+            self._check_structure(asked.structure, facts)
         return Sampling(
             max_tokens=max_tokens,
             min_tokens=asked.min_tokens or 0,
@@ -128,6 +136,8 @@ class Rules:
             stop_token_ids=asked.stop_token_ids,
             ignore_eos=bool(asked.ignore_eos),
             logprobs=asked.logprobs,
+            structure=asked.structure,
+            logit_bias=asked.logit_bias,
         )
 
     def _max_tokens(self, asked: int | None, prompt_tokens: int, facts: ModelFacts) -> int:
@@ -159,6 +169,42 @@ class Rules:
                     f"token {token_id} is outside the model's vocabulary of {facts.vocab_size}",
                     limit=str(facts.vocab_size),
                 )
+
+    def _check_logit_bias(self, logit_bias: tuple[tuple[int, float], ...], facts: ModelFacts) -> None:
+        if not logit_bias:
+            return
+        if LOGIT_BIAS not in facts.features:
+            raise Invalid("sampling.logit_bias", "is not supported by this model's engine")
+        if len(logit_bias) > self._limits.logit_bias_max:
+            raise _outside("logit_bias", len(logit_bias), f"at most {self._limits.logit_bias_max} tokens")
+        for token_id, bias in logit_bias:
+            if token_id >= facts.vocab_size:
+                raise OutOfRange(
+                    f"sampling.logit_bias[{token_id}]",
+                    f"token {token_id} is outside the model's vocabulary of {facts.vocab_size}",
+                    limit=str(facts.vocab_size),
+                )
+            _check(f"logit_bias[{token_id}]", bias, -_LOGIT_BIAS_MAX, _LOGIT_BIAS_MAX)
+
+    def _check_structure(self, structure: Structure, facts: ModelFacts) -> None:
+        """That the engine can follow it, only the engine can tell."""
+        if STRUCTURE not in facts.features:
+            raise Invalid("sampling.structure", "is not supported by this model's engine")
+        limit, nbytes = self._limits.structure_bytes_max, len(structure.text.encode())
+        if nbytes > limit:
+            raise Invalid("sampling.structure", f"at most {limit} bytes, has {nbytes}", limit=str(limit))
+        if structure.kind is StructureKind.JSON_SCHEMA and not _is_schema(structure.text):
+            raise Invalid("sampling.structure", "must be a JSON Schema: a JSON object, or true")
+        if structure.kind is StructureKind.GRAMMAR and not structure.text.strip():
+            raise Invalid("sampling.structure", "the grammar is empty")
+
+
+def _is_schema(text: str) -> bool:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(schema, dict) or schema is True
 
 
 def _or(value: float | None, default: float) -> float:

@@ -6,6 +6,7 @@ An edge brings its protocol's fields into `Wanted`, and turns `Part`s and the `E
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -149,6 +150,9 @@ class Generator:
         prompt = await self.tokens(name, wanted.prompt_field, wanted.prompt, special_tokens=wanted.special_tokens)
         rules.check_prompt(wanted.prompt_field, prompt, facts)
         sampling = rules.sampling(wanted.asked, len(prompt), facts)
+        if sampling.structure is not None and sampling.seed is None and sampling.temperature > 0:
+            # What must have a form can only be replayed when a worker is lost: it can't go on in the middle of one.
+            sampling = replace(sampling, seed=secrets.randbelow(SEED_MAX + 1))
         timeout_s = self._limits.timeout_s_max if wanted.timeout_s is None else wanted.timeout_s
         if timeout_s <= 0:
             raise Expired("the deadline had passed on arrival")

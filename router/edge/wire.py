@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from protos import control_pb2, inference_pb2, worker_link_pb2
 from router.core.effects import Finished
 from router.core.errors import Invalid
-from router.core.request import FinishReason, TokenLogprobs
+from router.core.request import FinishReason, Structure, StructureKind, TokenLogprobs
 from router.core.snapshot import RequestView, Snapshot, WorkerView
 from router.core.worker import Role
 from router.edge.admit import Asked
@@ -33,7 +33,9 @@ _ROLE_BY_NUMBER: dict[int, Role] = {number: role for role, number in _ROLES.item
 
 M = TypeVar("M", bound=Message)
 
-_OPTIONAL = tuple(field.name for field in inference_pb2.Sampling.DESCRIPTOR.fields if field.has_presence)
+_OPTIONAL = tuple(
+    field.name for field in inference_pb2.Sampling.DESCRIPTOR.fields if field.has_presence and not field.message_type
+)
 
 
 # From clients.
@@ -119,7 +121,16 @@ def asked(message: inference_pb2.Sampling) -> Asked:
         **{name: given(name) for name in _OPTIONAL},
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
+        structure=_structure(message.structure),
+        logit_bias=tuple(message.logit_bias.items()),
     )
+
+
+def _structure(message: inference_pb2.Structure) -> Structure | None:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        return None
+    return Structure(StructureKind(kind), "" if kind == "json_object" else getattr(message, kind))
 
 
 # To clients.

@@ -14,7 +14,7 @@ from router.config import RequestLimits
 from router.core.limits import CoreLimits
 from router.edge.text import ModelText
 from tandem.errors import TandemError, error_from_rpc
-from tests.router.running import CONTEXT, DECODE, GENERATE, MODEL_DIR, STOP, VOCAB, WAIT_S, Router, running
+from tests.router.running import CONTEXT, DECODE, GENERATE, MODEL_DIR, PREFILL, STOP, VOCAB, WAIT_S, Router, running
 
 TEXT = ModelText(MODEL_DIR)
 Call = grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
@@ -118,6 +118,33 @@ class TestAnswers:
         assert [(entry.sampled.token_id, entry.sampled.logprob, entry.top[0].token_id) for entry in got] == [
             (9, -0.5, 8)
         ] * 2
+
+    @pytest.mark.parametrize(
+        "structure", [{"json_object": True}, {"json_schema": "{}"}, {"regex": "a"}, {"grammar": "g"}]
+    )
+    async def test_the_form_of_an_answer_reaches_an_engine_that_can_follow_it(
+        self, router: Router, structure: dict[str, object]
+    ) -> None:
+        facts = {"model": {"features": ["structure", "logit_bias"]}}
+        prefill, decode = await router.worker("p", PREFILL, **facts), await router.worker("d", DECODE, **facts)
+        await decode.wait_for("peers")
+        asked = sampling(structure=structure, logit_bias={5: 0.5}, temperature=1.0)
+        call = router.generate(text="x", sampling=asked)
+        (order,) = await prefill.wait_for("prefill")
+        assert order.prefill.resample, "the decode worker begins the grammar"
+        assert order.prefill.sampling.structure == inference_pb2.Structure(**structure)  # type: ignore[arg-type]
+        assert dict(order.prefill.sampling.logit_bias) == {5: 0.5}
+        assert order.prefill.sampling.HasField("seed"), "it can be replayed"
+        call.cancel()
+
+    async def test_a_form_is_refused_by_name_where_the_engine_has_none(self, router: Router) -> None:
+        await router.worker("b")
+        for asked, field in (
+            (sampling(structure={"json_object": True}), "sampling.structure"),
+            (sampling(logit_bias={5: 1.0}), "sampling.logit_bias"),
+        ):
+            error = await failure(router.generate(text="x", sampling=asked))
+            assert error.metadata["field"] == field
 
     async def test_the_request_id_is_the_clients_or_the_servers(self, router: Router) -> None:
         await router.worker("b", answer=ANSWER)

@@ -15,6 +15,8 @@ from engine.base import (
     Sampling,
     Staged,
     StepOutput,
+    Structure,
+    StructureKind,
     TokenLogprobs,
 )
 from prefill.service import PrefillOrder
@@ -110,6 +112,24 @@ def test_decode_order() -> None:
         timeout_s=2.5,
         handle=b"h",
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "structure"),
+    [
+        ({"json_object": True}, Structure(StructureKind.JSON_OBJECT)),
+        ({"json_schema": "{}"}, Structure(StructureKind.JSON_SCHEMA, "{}")),
+        ({"regex": "a"}, Structure(StructureKind.REGEX, "a")),
+        ({"grammar": "root ::= [a]"}, Structure(StructureKind.GRAMMAR, "root ::= [a]")),
+        ({}, None),
+    ],
+)
+def test_the_form_of_an_answer_is_read(said: dict[str, object], structure: Structure | None) -> None:
+    sampling = inference_pb2.Sampling(max_tokens=1, structure=said, logit_bias={5: 0.5})  # type: ignore[arg-type]
+    order = worker_link_pb2.PrefillOrder(leg_id="a", token_ids=[1], sampling=sampling, timeout_s=1)
+    message = read(prefill=order)
+    assert isinstance(message, PrefillOrder)
+    assert (message.leg.sampling.structure, message.leg.sampling.logit_bias) == (structure, ((5, 0.5),))
 
 
 def test_sampling_left_out_takes_the_defaults() -> None:

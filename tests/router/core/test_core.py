@@ -11,7 +11,7 @@ from router.core import effects as fx
 from router.core import events as ev
 from router.core.errors import Cancelled, Expired, Invalid, Lost, NotFound, Rejected, TandemError, Unavailable
 from router.core.lifecycle import IllegalTransition, State, Trigger, next_state
-from router.core.request import FinishReason, Sampling
+from router.core.request import FinishReason, Sampling, Structure, StructureKind
 from router.core.worker import Role
 from tests.router.core.world import EOS, Client, FakeWorker, World, facts, next_token, undisturbed
 
@@ -480,6 +480,32 @@ class TestFailures:
         assert isinstance(order, fx.SendDecode)
         assert order.token_ids == PROMPT + tuple(client.tokens)
         assert order.sampling.max_tokens == 5
+
+    def test_an_answer_with_a_form_begins_at_the_decode_worker_and_is_only_ever_replayed(self) -> None:
+        formed = dataclasses.replace(SEEDED, structure=Structure(StructureKind.JSON_OBJECT))
+        world, p, d = pair()
+        client = world.submit("r", PROMPT, sampling=formed)
+        world.step(p)
+        assert not client.tokens
+        for _ in range(3):
+            world.step(d)
+        world.lose("d")
+        d2 = world.join("d2", D)
+        world.step(p)
+        order = next(order for order in d2.inbox if isinstance(order, fx.SendDecode))
+        assert (order.token_ids, order.sampling) == (PROMPT, formed)
+        world.post(ev.StepOutputs("d2", (ev.StepOutput(order.leg_id, ((client.tokens[0] + 1) % 50,)),)))
+        assert isinstance(failure(client), Lost)
+
+    def test_a_form_that_the_engine_cannot_follow_is_named(self) -> None:
+        world, p, _ = pair()
+        client = world.submit("r", sampling=dataclasses.replace(GREEDY, structure=Structure(StructureKind.REGEX, "(")))
+        world.deliver(p)
+        world.fail(p, only_leg(p), ev.Failure.INVALID)
+        world.report(p)
+        error = failure(client)
+        assert isinstance(error, Invalid)
+        assert error.field == "sampling.structure"
 
     def test_attempts_are_bounded_and_their_end_is_typed(self) -> None:
         world = World(decode_attempts_max=2)
