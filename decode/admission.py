@@ -12,6 +12,8 @@ class DecodeLimits:
     #: Legs that read KV blocks at once; the others wait their turn, within their deadline.
     fetches: int = 4
     fetch_timeout_s: float = 10.0
+    #: Fetches begun before their legs are ordered, while the prompts are computed; 0 waits for the orders.
+    fetches_ahead: int = 8
 
     def problems(self) -> list[str]:
         found = []
@@ -19,6 +21,8 @@ class DecodeLimits:
             found.append(f"decode.legs: must be at least 1, is {self.legs}")
         if self.fetches < 1:
             found.append(f"decode.fetches: must be at least 1, is {self.fetches}")
+        if self.fetches_ahead < 0:
+            found.append(f"decode.fetches_ahead: must not be negative, is {self.fetches_ahead}")
         if not 0 < self.fetch_timeout_s < float("inf"):
             found.append(f"decode.fetch_timeout_s: must be more than 0, is {self.fetch_timeout_s}")
         return found

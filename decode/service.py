@@ -1,6 +1,6 @@
-"""Decode legs at one worker: fetch what prefill computed, then decode. Bytes are confirmed before the engine hears of
-the leg, so a transfer that fails ends here, and the router runs the prefill leg again. Who may ask and when a leg
-expires is the caller's; see worker/legs.py."""
+"""Decode legs at one worker: fetch what prefill computed, or take over what was fetched ahead, then decode. Bytes are
+confirmed before the engine hears of the leg, so a transfer that fails ends here, and the router runs the prefill leg
+again. Who may ask and when a leg expires is the caller's; see worker/legs.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from decode.admission import DecodeLimits
+from decode.ahead import FetchesAhead
 from engine.base import DecodeLeg, Engine, FailureKind, LegError, Staged, StepOutput
 
 
@@ -29,9 +30,10 @@ class DecodeReply(Protocol):
 
 
 class DecodeService:
-    def __init__(self, engine: Engine, limits: DecodeLimits) -> None:
+    def __init__(self, engine: Engine, limits: DecodeLimits, ahead: FetchesAhead) -> None:
         self._engine = engine
         self._limits = limits
+        self._ahead = ahead
         self._fetches = asyncio.Semaphore(limits.fetches)
 
     async def serve(self, order: DecodeOrder, engine_leg_id: str, reply: DecodeReply) -> None:
@@ -58,5 +60,15 @@ class DecodeService:
         raise LegError(FailureKind.ENGINE, "the engine ended the leg without a finish reason")
 
     async def _fetch(self, order: DecodeOrder) -> Staged:
+        timeout_s = min(self._limits.fetch_timeout_s, order.timeout_s)
+        clock = asyncio.get_running_loop().time
+        ordered = clock()
+        if (staged := await self._ahead.take(order.handle, timeout_s)) is not None:
+            return replace(staged, fetch_s=clock() - ordered)
         async with self._fetches:
-            return await self._engine.fetch(order.handle, min(self._limits.fetch_timeout_s, order.timeout_s))
+            try:
+                return await self._engine.fetch(order.handle, timeout_s)
+            except LegError as error:
+                if error.kind is not FailureKind.REJECTED or not await self._ahead.give_way():
+                    raise
+            return await self._engine.fetch(order.handle, timeout_s)

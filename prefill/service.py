@@ -8,7 +8,7 @@ import logging
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
-from engine.base import Engine, PrefillLeg, PrefillResult
+from engine.base import Engine, Offered, PrefillLeg, PrefillResult
 from prefill.admission import PrefillLimits
 from prefill.leases import LeaseAccount
 
@@ -43,8 +43,12 @@ class PrefillService:
                 # The lease then ends at its deadline; an engine that is dead says so in `wait_dead`.
                 log.exception("a lease could not be released early")
 
-    async def serve(self, customer: Hashable, order: PrefillOrder, engine_leg_id: str) -> PrefillResult:
-        """Raises LegError. Cancelling gives the place in the queue back, or aborts the leg in the engine."""
+    async def serve(
+        self, customer: Hashable, order: PrefillOrder, engine_leg_id: str, offered: Offered | None = None
+    ) -> PrefillResult:
+        """`offered` is told the handle early, if the blocks can be read while they are computed.
+
+        Raises LegError. Cancelling gives the place in the queue back, or aborts the leg in the engine."""
         clock = asyncio.get_running_loop().time
         # Nobody can use the blocks once the request's time is over.
         ttl_s = min(self._limits.lease_ttl_s, order.timeout_s)
@@ -52,7 +56,7 @@ class PrefillService:
         arrived = clock()
         async with self._running:
             waited_s = clock() - arrived
-            result = await self._engine.prefill(leg)
+            result = await self._engine.prefill(leg, offered)
         if result.handle is not None:
             self._leases.hand_out(clock(), customer, order.leg.leg_id, result.handle, ttl_s)
         return replace(result, queue_s=result.queue_s + waited_s)

@@ -25,7 +25,14 @@ from router.core.worker import ModelFacts, Role, WorkerFacts
 from router.port import ModelView, RequestStream
 
 WorkerEffect = (
-    fx.SendPrefill | fx.SendDecode | fx.CancelLeg | fx.ReleaseLease | fx.SendPeers | fx.SendDrain | fx.SendSetRole
+    fx.SendPrefill
+    | fx.SendDecode
+    | fx.FetchAhead
+    | fx.CancelLeg
+    | fx.ReleaseLease
+    | fx.SendPeers
+    | fx.SendDrain
+    | fx.SendSetRole
 )
 
 

@@ -175,6 +175,9 @@ def order(effect: fx.Effect) -> RouterMessage:
             return RouterMessage(prefill=_prefill_order(effect))
         case fx.SendDecode():
             return RouterMessage(decode=_decode_order(effect))
+        case fx.FetchAhead():
+            hint = worker_link_pb2.FetchAhead(leg_id=effect.leg_id, handle=effect.handle, timeout_s=effect.timeout_s)
+            return RouterMessage(fetch_ahead=hint)
         case fx.CancelLeg():
             return RouterMessage(cancel=worker_link_pb2.CancelLeg(leg_id=effect.leg_id))
         case fx.ReleaseLease():

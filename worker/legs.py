@@ -34,6 +34,7 @@ _DETAIL_CHARACTERS_MAX = 2000
 class Reply(Protocol):
     """Where a leg's messages go: its router's outbox."""
 
+    def offered(self, leg_id: str, handle: bytes) -> None: ...
     def prefill_done(self, leg_id: str, result: PrefillResult) -> None: ...
     def fetched(self, leg_id: str, staged: Staged) -> None: ...
     def step(self, leg_id: str, output: StepOutput) -> None: ...
@@ -52,6 +53,10 @@ class Leg:
         #: What it needs of the worker: PREFILL or DECODE.
         self.role = role
         self.ended = False
+
+    def offered(self, handle: bytes) -> None:
+        if not self.ended:
+            self.reply.offered(self.leg_id, handle)
 
     def prefill_done(self, result: PrefillResult) -> None:
         if self._end("served"):

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from decode.ahead import Hint
 from decode.service import DecodeOrder
 from prefill.service import PrefillOrder
 from worker.config import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Challenge:
+    router_id: str
+    nonce: bytes
+    #: Empty where the router says by its certificate alone who it is.
+    proof: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,5 +74,16 @@ class Unknown:
 
 
 Message = (
-    Welcome | PrefillOrder | DecodeOrder | InvalidOrder | CancelLeg | ReleaseLease | Drain | SetRole | Peers | Unknown
+    Challenge
+    | Welcome
+    | PrefillOrder
+    | DecodeOrder
+    | Hint
+    | InvalidOrder
+    | CancelLeg
+    | ReleaseLease
+    | Drain
+    | SetRole
+    | Peers
+    | Unknown
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from decode.ahead import AheadOutcome
 from engine.base import EngineLoad, Staged
 from worker.config import Role
 
@@ -43,6 +44,12 @@ class WorkerMetrics:
         self._fetched_bytes = Counter(
             "tandem_worker_fetched_bytes", "KV bytes read from peers.", ["worker", "transport"], registry=self.registry
         )
+        self._ahead = Counter(
+            "tandem_worker_fetches_ahead",
+            "Reads of blocks that were still being computed, by what became of them.",
+            ["worker", "outcome"],
+            registry=self.registry,
+        )
         self._worker_id = worker_id
 
     def leg_ended(self, role: Role, outcome: str) -> None:
@@ -51,6 +58,9 @@ class WorkerMetrics:
     def fetched(self, staged: Staged) -> None:
         self._fetch_s.labels(self._worker_id, staged.transport).observe(staged.fetch_s)
         self._fetched_bytes.labels(self._worker_id, staged.transport).inc(staged.transfer_bytes)
+
+    def fetched_ahead(self, outcome: AheadOutcome) -> None:
+        self._ahead.labels(self._worker_id, outcome.value).inc()
 
     def show(self, snapshot: Callable[[], Snapshot]) -> None:
         """Registers the gauges. They call `snapshot` from the scraper's thread, so it must only read."""

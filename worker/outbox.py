@@ -27,6 +27,9 @@ class Outbox:
         self._something = asyncio.Event()
         self.overflowed = asyncio.Event()
 
+    def offered(self, leg_id: str, handle: bytes) -> None:
+        self._put(self._notices, wire.offered(leg_id, handle))
+
     def prefill_done(self, leg_id: str, result: PrefillResult) -> None:
         self._put(self._notices, wire.prefill_done(leg_id, result))
 

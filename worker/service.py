@@ -13,6 +13,7 @@ import logging
 import os
 from dataclasses import dataclass
 
+from decode.ahead import FetchesAhead, Hint
 from decode.service import DecodeOrder, DecodeService
 from engine.base import Engine, EngineInfo, EngineLoad, FailureKind, LegError
 from prefill.service import PrefillOrder, PrefillService
@@ -61,7 +62,8 @@ class WorkerService:
         self._identity = identity
         self._engine = engine
         self._prefill = PrefillService(engine, config.prefill)
-        self._decode = DecodeService(engine, config.decode)
+        self._ahead = FetchesAhead(engine, config.decode, scope, metrics.fetched_ahead)
+        self._decode = DecodeService(engine, config.decode, self._ahead)
         self._legs = LegTable(scope, metrics)
         self._peers = PeerBook(engine, config.worker_id, scope, config.peers_met_at_once)
         #: The outboxes of live links; one for each router that said welcome.
@@ -74,7 +76,11 @@ class WorkerService:
 
     # Links ------------------------------------------------------------------------------------------------------------
 
-    def hello(self) -> wire.WorkerMessage:
+    @property
+    def identity(self) -> Identity:
+        return self._identity
+
+    def hello(self, proof: bytes = b"") -> wire.WorkerMessage:
         return wire.hello(
             worker_id=self._identity.worker_id,
             incarnation=self._identity.incarnation,
@@ -84,6 +90,7 @@ class WorkerService:
             prefill_legs=self._config.prefill.legs,
             decode_legs=self._config.decode.legs,
             pid=os.getpid(),
+            proof=proof,
         )
 
     def joined(self, router: Outbox, role_said: Role) -> None:
@@ -98,6 +105,7 @@ class WorkerService:
         """The link is gone: every leg it ordered is lost, and nobody will use the handles it was given."""
         del self._links[router]
         self._prefill.customer_gone(router)
+        self._ahead.drop_all(router)
         if cancelled := self._legs.cancel_all(router):
             log.warning("%d legs cancelled with their router's link", cancelled)
 
@@ -108,6 +116,9 @@ class WorkerService:
                 self._prefill_leg(router, message)
             case DecodeOrder():
                 self._decode_leg(router, message)
+            case Hint():
+                if not self._refusal(Role.DECODE):
+                    self._ahead.begin(router, message)
             case messages.InvalidOrder():
                 router.failed(message.leg_id, FailureKind.INVALID, message.detail)
             case messages.CancelLeg():
@@ -130,7 +141,7 @@ class WorkerService:
 
     def _prefill_leg(self, router: Outbox, order: PrefillOrder) -> None:
         async def work(leg: Leg) -> None:
-            leg.prefill_done(await self._prefill.serve(router, order, leg.engine_leg_id))
+            leg.prefill_done(await self._prefill.serve(router, order, leg.engine_leg_id, leg.offered))
 
         if refusal := self._refusal(Role.PREFILL):
             router.failed(order.leg.leg_id, FailureKind.REJECTED, refusal)
@@ -163,6 +174,7 @@ class WorkerService:
         return limits.refusal(self._legs.count_open(role))
 
     def _cancel(self, router: Outbox, leg_id: str) -> None:
+        self._ahead.drop(router, leg_id)
         if not self._legs.cancel(router, leg_id):
             # The cancel crossed with the answer, which the router will ignore.
             self._prefill.leg_gone(router, leg_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from decode.ahead import Hint
 from decode.service import DecodeOrder
 from engine.base import (
     DecodeLeg,
@@ -55,6 +56,9 @@ _FAILURES = {
 
 def read(message: RouterMessage) -> messages.Message:
     match name := message.WhichOneof("message"):
+        case "challenge":
+            said = message.challenge
+            return messages.Challenge(router_id=said.router_id, nonce=said.nonce, proof=said.proof)
         case "welcome":
             return messages.Welcome(
                 router_id=message.welcome.router_id,
@@ -64,6 +68,9 @@ def read(message: RouterMessage) -> messages.Message:
             return _prefill_order(message.prefill)
         case "decode":
             return _decode_order(message.decode)
+        case "fetch_ahead":
+            hint = message.fetch_ahead
+            return Hint(leg_id=hint.leg_id, handle=hint.handle, timeout_s=hint.timeout_s)
         case "cancel":
             return messages.CancelLeg(message.cancel.leg_id)
         case "release":
@@ -161,6 +168,11 @@ def _peer(peer: worker_link_pb2.Peer) -> messages.Peer:
 # To the router --------------------------------------------------------------------------------------------------------
 
 
+def introduction(worker_id: str, incarnation: str, nonce: bytes) -> WorkerMessage:
+    said = worker_link_pb2.Introduction(worker_id=worker_id, incarnation=incarnation, nonce=nonce)
+    return WorkerMessage(introduction=said)
+
+
 def hello(
     *,
     worker_id: str,
@@ -171,6 +183,7 @@ def hello(
     prefill_legs: int,
     decode_legs: int,
     pid: int,
+    proof: bytes = b"",
 ) -> WorkerMessage:
     return WorkerMessage(
         hello=worker_link_pb2.Hello(
@@ -200,8 +213,13 @@ def hello(
             engine=info.kind,
             engine_version=info.version,
             pid=pid,
+            proof=proof,
         )
     )
+
+
+def offered(leg_id: str, handle: bytes) -> WorkerMessage:
+    return WorkerMessage(offered=worker_link_pb2.Offered(leg_id=leg_id, handle=handle))
 
 
 def prefill_done(leg_id: str, result: PrefillResult) -> WorkerMessage:

@@ -435,9 +435,19 @@ class Core:
     def _offered(self, now: float, event: ev.Offered) -> None:
         self._heard(now, event.worker_id)
         opened = self._leg_owner(event.worker_id, event.leg_id)
-        if opened is not None and opened.prefill_leg is not None:
-            opened.handle = event.handle
-            self.state.note(now, opened, f"blocks offered by {event.worker_id}")
+        if opened is None or opened.prefill_leg is None or opened.slot_at is None:
+            return
+        opened.handle = event.handle
+        opened.hint = Leg(event.leg_id, opened.slot_at)
+        self.state.note(now, opened, f"blocks offered by {event.worker_id}, to be fetched ahead by {opened.slot_at}")
+        self._effects.append(
+            fx.FetchAhead(
+                worker_id=opened.slot_at,
+                leg_id=event.leg_id,
+                handle=event.handle,
+                timeout_s=opened.request.deadline - now,
+            )
+        )
 
     def _prefill_done(self, now: float, event: ev.PrefillDone) -> None:
         worker = self._heard(now, event.worker_id)
@@ -483,6 +493,7 @@ class Core:
         self.state.note(now, opened, f"blocks fetched by {opened.slot_at} over {opened.transport or 'unknown'}")
         self.state.move(opened, Trigger.FETCHED)
         self.state.unpin(opened)
+        opened.hint = None
         self._mark(opened.request.model)
 
     def _step_outputs(self, now: float, event: ev.StepOutputs) -> None:
@@ -844,8 +855,9 @@ class Core:
         self._computed_in_part(opened)
         workers = self.state.workers
         handle, pinned_at = opened.handle, opened.pinned_at
-        for leg in (opened.prefill_leg, opened.decode_leg):
-            if leg is not None and not workers[leg.worker_id].gone:
+        legs, opened.hint = (opened.prefill_leg, opened.decode_leg, opened.hint), None
+        for leg in dict.fromkeys(legs):
+            if leg is not None and leg.worker_id in workers and not workers[leg.worker_id].gone:
                 self._effects.append(fx.CancelLeg(leg.worker_id, leg.leg_id))
         if opened.prefill_leg is not None:
             self.state.close_prefill_leg(opened)

@@ -42,8 +42,20 @@ class SendDecode:
     handle: bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchAhead:
+    """A hint to the decode worker: the blocks of this prefill leg, which goes on, can be read as they become whole."""
+
+    worker_id: str
+    leg_id: str
+    handle: bytes
+    timeout_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class CancelLeg:
+    """Also ends what was fetched ahead for a prefill leg."""
+
     worker_id: str
     leg_id: str
 
@@ -137,6 +149,7 @@ Effect = (
     Emit
     | SendPrefill
     | SendDecode
+    | FetchAhead
     | CancelLeg
     | ReleaseLease
     | SendPeers

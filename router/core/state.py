@@ -57,6 +57,8 @@ class OpenRequest:
     slot_at: str | None = None
     #: To the blocks pinned at `pinned_at`; empty before they are offered.
     handle: bytes = b""
+    #: The prefill leg, and who was told to fetch its blocks ahead, until they are fetched.
+    hint: Leg | None = None
 
     #: Generated tokens that the open leg was given as prompt.
     base: int = 0

@@ -1,8 +1,10 @@
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 
 from decode.admission import DecodeLimits
+from decode.ahead import FetchesAhead
 from decode.service import DecodeOrder, DecodeService
 from engine.base import DecodeLeg, FailureKind, LegError, Sampling, Staged, StepOutput
 from tests.worker.scripted_engine import ScriptedEngine, transfer_failed
@@ -38,8 +40,9 @@ async def engine() -> ScriptedEngine:
 
 
 @pytest.fixture
-def service(engine: ScriptedEngine) -> DecodeService:
-    return DecodeService(engine, LIMITS)
+async def service(engine: ScriptedEngine) -> AsyncIterator[DecodeService]:
+    async with asyncio.TaskGroup() as scope:
+        yield DecodeService(engine, LIMITS, FetchesAhead(engine, LIMITS, scope))
 
 
 def test_one_leg_more_than_the_limit_is_refused() -> None:
@@ -129,6 +132,8 @@ async def test_an_answer_without_an_end_is_the_engines_failure(engine: ScriptedE
 
     heard = Heard()
     with pytest.raises(LegError) as error:
-        await DecodeService(Stopping(), LIMITS).serve(order("a"), "a~1", heard)
+        async with asyncio.TaskGroup() as scope:
+            ahead = FetchesAhead(Stopping(), LIMITS, scope)
+        await DecodeService(Stopping(), LIMITS, ahead).serve(order("a"), "a~1", heard)
     assert error.value.kind is FailureKind.ENGINE
     assert heard.tokens == [8]

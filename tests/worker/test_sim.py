@@ -12,6 +12,7 @@ from typing import Any
 from decode.admission import DecodeLimits
 from engine.base import EngineLoad
 from engine.sim import SimEngine
+from kv_transfer.api import Outcome
 from kv_transfer.inproc import InprocHub
 from prefill.admission import PrefillLimits
 from protos import worker_link_pb2 as pb
@@ -198,6 +199,72 @@ async def test_nothing_is_left_of_two_hundred_requests_cancelled_anywhere() -> N
             # A cancel may come after the end.
             assert ends <= 1 if leg in cancelled or leg.removesuffix("d") + "p" in cancelled else ends == 1, leg
         assert sum(at.d.terminals(f"{leg}/d") for leg in handles) > 20
+
+
+CHUNKS = {"max_batched_tokens": 256, "step_time": "h100-llama-3-70b-tp4", "speedup": 2.0}
+LONG_PROMPT = [token % 900 + 5 for token in range(1500)]
+
+
+async def offered(at: Pair, leg: str, *, resample: bool = True) -> bytes:
+    """A prompt that is being computed, whose first chunk is there."""
+    at.p.prefill(f"{leg}/p", token_ids=LONG_PROMPT, hand_off=True, reader="d0", resample=resample)
+    message = await at.p.next()
+    assert message.offered.leg_id == f"{leg}/p", message
+    return message.offered.handle
+
+
+async def test_blocks_move_while_later_ones_are_computed() -> None:
+    async with pair(**CHUNKS) as at:
+        alone = await at.decoded("alone/1", LONG_PROMPT)
+        handle = await offered(at, "a/1")
+        at.d.send(fetch_ahead=pb.FetchAhead(leg_id="a/1/p", handle=handle, timeout_s=30))
+        while (await at.engines[1].load()).staged_pages < 94:  # noqa: ASYNC110  it tells only when asked
+            await asyncio.sleep(0.001)
+        assert at.p.terminals("a/1/p") == 0, "its prompt is still being computed"
+        done = (await at.p.next()).prefill_done
+        assert done.handle == handle
+        assert await at.decoded("a/1", LONG_PROMPT, handle) == alone
+        state = at.engines[1]._state
+        assert state is not None
+        assert state.node.stats().fetch_outcomes == {Outcome.STAGED: 1}, "the order joined what the hint began"
+        await at.at_rest()
+
+
+async def test_without_the_hint_the_order_reads_what_was_offered_early() -> None:
+    async with pair(**CHUNKS) as at:
+        alone = await at.decoded("alone/1", LONG_PROMPT)
+        handle = await offered(at, "a/1")
+        assert (await at.p.next()).prefill_done.handle == handle
+        assert await at.decoded("a/1", LONG_PROMPT, handle) == alone
+        await at.at_rest()
+
+
+async def test_a_prompt_of_one_chunk_is_offered_when_it_is_done() -> None:
+    async with pair(**CHUNKS) as at:
+        assert await at.hand_over("a/1", [5] * 200)
+
+
+async def test_a_prefill_cancelled_while_it_is_read_frees_everything_at_once() -> None:
+    async with pair(**CHUNKS) as at:
+        handle = await offered(at, "a/1")
+        at.d.send(fetch_ahead=pb.FetchAhead(leg_id="a/1/p", handle=handle, timeout_s=30))
+        while not (await at.engines[1].load()).staged_pages:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        at.p.cancel("a/1/p")  # and whoever reads is not told
+        await at.at_rest()
+
+
+async def test_a_hint_that_is_given_up_leaves_the_prefill_alone() -> None:
+    async with pair(**CHUNKS) as at:
+        alone = await at.decoded("alone/1", LONG_PROMPT)
+        handle = await offered(at, "a/1")
+        at.d.send(fetch_ahead=pb.FetchAhead(leg_id="a/1/p", handle=handle, timeout_s=30))
+        while not (await at.engines[1].load()).staged_pages:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        at.d.cancel("a/1/p")
+        assert (await at.p.next()).prefill_done.handle == handle
+        assert await at.decoded("a/1", LONG_PROMPT, handle) == alone
+        await at.at_rest()
 
 
 async def test_a_draining_prefill_worker_waits_for_the_reader_of_its_blocks() -> None:

@@ -3,6 +3,7 @@
 import pytest
 from google.protobuf.json_format import MessageToDict
 
+from decode.ahead import Hint
 from decode.service import DecodeOrder
 from engine.base import (
     DecodeLeg,
@@ -87,6 +88,16 @@ def test_prefill_order() -> None:
         ),
         timeout_s=2.5,
     )
+
+
+def test_fetch_ahead() -> None:
+    hint = worker_link_pb2.FetchAhead(leg_id="a/1/p", handle=b"h", timeout_s=2.5)
+    assert read(fetch_ahead=hint) == Hint(leg_id="a/1/p", handle=b"h", timeout_s=2.5)
+
+
+def test_offered() -> None:
+    offered = wire.offered("a/1/p", b"h").offered
+    assert (offered.leg_id, offered.handle) == ("a/1/p", b"h")
 
 
 def test_decode_order() -> None:

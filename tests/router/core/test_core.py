@@ -735,3 +735,56 @@ class TestMembership:
         world.deliver(d)
         world.report(d)
         assert world.core.state.workers["d"].role is P
+
+
+class TestOverlap:
+    LONG = tuple(range(1, 20))
+
+    def test_blocks_that_are_offered_early_are_fetched_ahead_by_whoever_will_decode(self) -> None:
+        world, p, d = pair()
+        client = world.submit("r", self.LONG, sampling=GREEDY)
+        world.deliver(p)
+        leg_id = only_leg(p)
+        world.compute(p, leg_id)
+        world.report(p)
+        (hint,) = d.inbox
+        assert isinstance(hint, fx.FetchAhead)
+        assert (hint.leg_id, hint.handle, hint.timeout_s) == (leg_id, next(iter(p.leases)), 60.0)
+        world.step(p)
+        order = d.inbox[-1]
+        assert isinstance(order, fx.SendDecode)
+        assert order.handle == hint.handle
+        world.settle()
+        assert finished(client).reason is FinishReason.LENGTH
+        world.check_nothing_left()
+
+    @pytest.mark.parametrize("prefill_is_done", [False, True])
+    def test_a_cancel_gives_up_what_is_fetched_ahead(self, prefill_is_done: bool) -> None:
+        world, p, d = pair()
+        world.submit("r", self.LONG, sampling=GREEDY)
+        world.step(p)
+        if prefill_is_done:
+            world.step(p)
+        world.deliver(d)
+        assert d.ahead
+        world.post(ev.Cancel("r"))
+        world.settle()
+        world.check_nothing_left()
+
+    def test_a_decode_worker_that_goes_is_not_told_of_what_it_took_with_it(self) -> None:
+        world, p, _ = pair()
+        world.submit("r", self.LONG, sampling=GREEDY)
+        world.step(p)
+        world.lose("d")
+        cancels = [effect for effect in world.effects if isinstance(effect, fx.CancelLeg)]
+        assert [effect.worker_id for effect in cancels] == ["p"]
+
+    def test_an_offer_of_a_leg_that_was_given_up_is_no_hint(self) -> None:
+        world, p, d = pair()
+        world.submit("r", self.LONG, sampling=GREEDY)
+        world.deliver(p)
+        leg_id = only_leg(p)
+        world.compute(p, leg_id)
+        world.post(ev.Cancel("r"))
+        world.report(p)
+        assert not d.inbox

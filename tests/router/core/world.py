@@ -64,11 +64,16 @@ def undisturbed(request: GenerationRequest) -> tuple[int, ...]:
     return tokens[len(request.prompt) :]
 
 
+#: Prompts that are longer take two steps: after the first their blocks are offered.
+CHUNK_TOKENS = 8
+
+
 @dataclass
 class RunningLeg:
     order: fx.SendPrefill | fx.SendDecode
     outputs: list[int] = field(default_factory=list)
     fetched: bool = False
+    offered: bool = False
 
 
 @dataclass
@@ -79,6 +84,8 @@ class FakeWorker:
     legs: dict[str, RunningLeg] = field(default_factory=dict)
     #: By handle: the tokens whose KV it holds, and who may read it.
     leases: dict[bytes, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    #: What is being fetched ahead, by prefill leg: the handle.
+    ahead: dict[str, bytes] = field(default_factory=dict)
     inbox: deque[fx.Effect] = field(default_factory=deque)
     outbox: deque[ev.Event] = field(default_factory=deque)
 
@@ -202,7 +209,11 @@ class World:
                     self._fail(worker, order.leg_id, ev.Failure.REJECTED)
                 else:
                     worker.legs[order.leg_id] = RunningLeg(order)
+            case fx.FetchAhead():
+                assert order.timeout_s > 0
+                worker.ahead[order.leg_id] = order.handle
             case fx.CancelLeg(_, leg_id):
+                worker.ahead.pop(leg_id, None)
                 worker.legs.pop(leg_id, None)
                 for handle in [handle for handle in worker.leases if handle.startswith(leg_id.encode() + b"#")]:
                     del worker.leases[handle]
@@ -216,7 +227,10 @@ class World:
     def compute(self, worker: FakeWorker, leg_id: str) -> None:
         leg = worker.legs[leg_id]
         if isinstance(leg.order, fx.SendPrefill):
-            self._prefill(worker, leg.order)
+            if self._is_to_be_offered(leg, leg.order):
+                self._offer(worker, leg, leg.order)
+            else:
+                self._prefill(worker, leg.order)
         elif leg.order.handle and not leg.fetched:
             self._fetch(worker, leg, leg.order)
         else:
@@ -227,6 +241,7 @@ class World:
 
     def fail(self, worker: FakeWorker, leg_id: str, failure: ev.Failure) -> None:
         del worker.legs[leg_id]
+        worker.leases.pop(leg_id.encode() + b"#", None)
         self._fail(worker, leg_id, failure)
 
     def announce_drain(self, worker: FakeWorker) -> None:
@@ -246,14 +261,25 @@ class World:
     def _fail(self, worker: FakeWorker, leg_id: str, failure: ev.Failure) -> None:
         worker.outbox.append(ev.LegFailed(worker.facts.worker_id, leg_id, failure, "as asked"))
 
+    def _is_to_be_offered(self, leg: RunningLeg, order: fx.SendPrefill) -> bool:
+        return order.hand_off and len(order.token_ids) > CHUNK_TOKENS and not leg.offered
+
+    def _offer(self, worker: FakeWorker, leg: RunningLeg, order: fx.SendPrefill) -> None:
+        leg.offered = True
+        handle = order.leg_id.encode() + b"#"
+        worker.leases[handle] = (order.token_ids, order.reader)
+        worker.outbox.append(ev.Offered(worker.facts.worker_id, order.leg_id, handle))
+
     def _prefill(self, worker: FakeWorker, order: fx.SendPrefill) -> None:
         del worker.legs[order.leg_id]
         token = next_token(order.token_ids, 0, order.sampling)
         finish = _finish_reason(token, 1, order.sampling)
-        handle = b""
+        handle = order.leg_id.encode() + b"#"
         if order.hand_off and (finish is None or order.resample):
-            handle = order.leg_id.encode() + b"#"
             worker.leases[handle] = (order.token_ids, order.reader)
+        else:
+            worker.leases.pop(handle, None)  # withdrawn
+            handle = b""
         worker.outbox.append(
             ev.PrefillDone(
                 worker_id=worker.facts.worker_id,
@@ -265,6 +291,7 @@ class World:
         )
 
     def _fetch(self, worker: FakeWorker, leg: RunningLeg, order: fx.SendDecode) -> None:
+        worker.ahead = {ahead: handle for ahead, handle in worker.ahead.items() if handle != order.handle}
         for owner in self.workers.values():
             if order.handle in owner.leases:
                 tokens, reader = owner.leases.pop(order.handle)
@@ -371,6 +398,7 @@ class World:
         assert not self.core.state.requests
         for worker_id, worker in self.workers.items():
             assert not worker.leases
+            assert not worker.ahead
             held = self.core.state.workers[worker_id]
             assert len(held.slots) == len(held.pinned) == len(held.prefilling) == 0
 
