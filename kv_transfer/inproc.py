@@ -103,6 +103,9 @@ class InprocTransport:
         if self.hook is not None:
             self.hook(event)
 
+    def lane(self, peer: str) -> str:
+        return self.name
+
     def disconnect(self, peer: str) -> None:
         self._peers.pop(peer, None)
 

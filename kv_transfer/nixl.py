@@ -12,8 +12,8 @@ One-sided: the owner's engine does nothing while it is read. What is particular 
 - **Restart.** An agent's name is new in every life of a process; the former one's is never reused.
 - **Pickle.** NIXL's helpers for descriptors are pickle; nothing here goes through them.
 - **Readers that die over TCP.** UCX 1.23 can abort the *owner's* process when a reader dies in mid-read over its TCP
-  lane (assertions in stubs.c and ucp_request.inl). The other lanes do not involve the owner. Between hosts without
-  RDMA another transport should come first.
+  lane (assertions in stubs.c and ucp_request.inl). The other lanes do not involve the owner. So `connect` refuses a
+  peer that UCX would read over TCP, unless this transport was told that there is no other.
 
 NIXL checks bounds in the reader's library only: whoever holds what `export` returns can read and write what was
 registered. It is given to authenticated peers of the cluster, and never logged.
@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from kv_transfer import ucx_stack
 from kv_transfer.segments import check_bounds
 from kv_transfer.transport import PeerGone, ReadTimedOut, Region, Segments, TransportError, Unquiesced
+from kv_transfer.ucx_stack import Place, UcxLane
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class _Exported(msgspec.Struct, frozen=True):
     agent: str
     metadata: bytes
     regions: dict[str, _ExportedRegion]
+    place: Place
 
 
 @dataclass(slots=True)
@@ -71,6 +73,7 @@ class _Remote:
     agent: str
     regions: Mapping[str, _ExportedRegion]
     sizes: Mapping[str, int]
+    lane: UcxLane
     connected: bool = True
 
 
@@ -85,10 +88,12 @@ class _Hung:
 class NixlTransport:
     name = "nixl"
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
-        """Raises ImportError without the package. `host` is where this process's services listen."""
+    def __init__(self, host: str = "127.0.0.1", *, over_tcp: bool = True) -> None:
+        """Raises ImportError without the package. `host` is where this process's services listen. Without `over_tcp`
+        peers in host memory whose only lane is UCX's TCP are refused."""
         _load()
         self._host = host
+        self._over_tcp = over_tcp
         self._agent: Any = None
         self._exported = b""
         self._regions: Mapping[str, _ExportedRegion] = {}
@@ -107,7 +112,9 @@ class NixlTransport:
         for region in self._regions.values():
             self._agent.register_memory([(region.address, region.nbytes, region.device, "")], region.memory)
         self._exported = msgspec.msgpack.encode(
-            _Exported(version("nixl-cu12"), agent_name, self._agent.get_agent_metadata(), dict(self._regions))
+            _Exported(
+                version("nixl-cu12"), agent_name, self._agent.get_agent_metadata(), dict(self._regions), Place.here()
+            )
         )
 
     def export(self) -> bytes:
@@ -124,12 +131,28 @@ class NixlTransport:
             raise TransportError(f"NIXL {here} here, {theirs.nixl} at {peer}")
         remote = self._remotes.get(theirs.agent)
         if remote is None:
+            lane = self._find_lane(peer, theirs)
             self._add_agent(peer, theirs)
             sizes = {name: region.nbytes for name, region in theirs.regions.items()}
-            remote = _Remote(theirs.agent, theirs.regions, sizes)
+            remote = _Remote(theirs.agent, theirs.regions, sizes, lane)
             self._remotes[theirs.agent] = remote
         remote.connected = True
         self._peers[peer] = remote
+
+    def _find_lane(self, peer: str, theirs: _Exported) -> UcxLane:
+        """Raises TransportError when another transport should be taken."""
+        on_device = any(region.memory == "VRAM" for region in (*theirs.regions.values(), *self._regions.values()))
+        address = next((region.address for region in theirs.regions.values() if region.memory == "DRAM"), 0)
+        lane = ucx_stack.lane(Place.here(), theirs.place, address=address, on_device=on_device)
+        if lane is UcxLane.TCP and not on_device and not self._over_tcp:
+            raise TransportError(
+                f"{peer} would be read over UCX's TCP, where a reader that dies can end the owner; tcp is preferred"
+            )
+        return lane
+
+    def lane(self, peer: str) -> str:
+        remote = self._peers.get(peer)
+        return self.name if remote is None else f"{self.name}/{remote.lane.value}"
 
     def _add_agent(self, peer: str, theirs: _Exported) -> None:
         if theirs.agent == self._agent.name:

@@ -444,7 +444,7 @@ class KvNode:
         return Fetched(
             staged_id=accepted.staged_id,
             tokens=accepted.tokens,
-            transport=peer.wire.transport.name,
+            transport=peer.lane.transport,
             nbytes=nbytes,
             fetch_s=time.monotonic() - began,
         )

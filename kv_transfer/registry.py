@@ -21,6 +21,7 @@ class TransportUnavailable(Exception):
 def make_transports(names: Sequence[str], *, host: str = "127.0.0.1", hub: InprocHub | None = None) -> list[Transport]:
     """Fresh transports of these names, in that order, for one node that serves on `host`.
 
+    Where both are allowed, "nixl" leaves to "tcp" the peers that UCX would reach by its own TCP (see nixl.py).
     What can't be had on this machine is left out and logged. Raises TransportUnavailable for an unknown name, and when
     nothing is left. "inproc" reaches the nodes whose transports were made with the same `hub`.
     """
@@ -31,7 +32,7 @@ def make_transports(names: Sequence[str], *, host: str = "127.0.0.1", hub: Inpro
     made, missing = [], []
     for name in names:
         try:
-            made.append(_make(name, host, hub))
+            made.append(_make(name, host, hub, names))
         except TransportUnavailable as why:
             missing.append(str(why))
     if not made:
@@ -41,14 +42,14 @@ def make_transports(names: Sequence[str], *, host: str = "127.0.0.1", hub: Inpro
     return made
 
 
-def _make(name: str, host: str, hub: InprocHub | None) -> Transport:
+def _make(name: str, host: str, hub: InprocHub | None, names: Sequence[str]) -> Transport:
     match name:
         case "inproc":
             if hub is None:
                 raise TransportUnavailable('transport "inproc" needs the hub that its nodes share')
             return InprocTransport(hub)
         case "nixl":
-            return _make_nixl(host)
+            return _make_nixl(host, over_tcp="tcp" not in names)
         case "shm":
             return _make_shm()
         case "tcp":
@@ -60,11 +61,11 @@ def _make(name: str, host: str, hub: InprocHub | None) -> Transport:
     raise AssertionError(name)
 
 
-def _make_nixl(host: str) -> Transport:
+def _make_nixl(host: str, *, over_tcp: bool) -> Transport:
     try:
         from kv_transfer.nixl import NixlTransport
 
-        return NixlTransport(host)
+        return NixlTransport(host, over_tcp=over_tcp)
     except ImportError as error:
         raise TransportUnavailable(f'transport "nixl" needs the package nixl-cu12 ({error})') from error
 

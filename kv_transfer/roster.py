@@ -212,7 +212,7 @@ class Roster:
         wanted = -(-self._limits.self_test_bytes // self._layout.block_bytes)
         with self._lend_pages(wire, min(wanted, facts.arena.blocks)) as pages:
             speed = self._measure(wire, facts, pages, deadline)
-        return Lane(peer=facts.name, transport=transport.name, gigabytes_per_s=speed)
+        return Lane(peer=facts.name, transport=transport.lane(facts.name), gigabytes_per_s=speed)
 
     def _measure(self, wire: Wire, facts: PeerFacts, pages: Sequence[int], deadline: float) -> float:
         """GB/s; 0 when there was no page to read into."""

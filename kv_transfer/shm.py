@@ -156,6 +156,9 @@ class ShmTransport:
         if self._peers.get(peer) is remote:
             self._peers.pop(peer, None)
 
+    def lane(self, peer: str) -> str:
+        return self.name
+
     def disconnect(self, peer: str) -> None:
         self._peers.pop(peer, None)
 
@@ -199,6 +202,19 @@ def _check_nonce(peer: str, theirs: _Exported) -> None:
         raise TransportError(f"the memory of {peer}, process {theirs.pid}, can't be read: {error}{hint}") from error
     if not secrets.compare_digest(found.raw, theirs.nonce):
         raise TransportError(f"process {theirs.pid} does not hold the nonce of {peer}: it is another one, or closed")
+
+
+def is_readable(pid: int, address: int) -> bool:
+    """Whether the kernel lets this process read that one's memory, in which there is something at `address`."""
+    found = ctypes.create_string_buffer(1)
+    try:
+        for copy in _copies(
+            pid, np.array([[address, 1]], np.uint64), np.array([[ctypes.addressof(found), 1]], np.uint64)
+        ):
+            copy.run()
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _start_time(pid: int) -> int:

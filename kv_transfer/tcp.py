@@ -142,6 +142,9 @@ class TcpTransport:
                 self._peers.pop(peer, None)
             raise
 
+    def lane(self, peer: str) -> str:
+        return self.name if self._tls is None else f"{self.name}/tls"
+
     def disconnect(self, peer: str) -> None:
         reader = self._peers.pop(peer, None)
         if reader is not None:

@@ -97,6 +97,10 @@ class Transport(Protocol):
         """Blocks until all bytes are in. Raises TransportError, of which see the subclasses."""
         ...
 
+    def lane(self, peer: str) -> str:
+        """What a connected peer is read through, for people: the transport's name, or more exactly, "nixl/cma"."""
+        ...
+
     def disconnect(self, peer: str) -> None:
         """Forgets a peer. Unknown peers are ignored."""
         ...

@@ -120,6 +120,9 @@ class UcxTransport:
                 self._peers.pop(peer, None)
             raise
 
+    def lane(self, peer: str) -> str:
+        return self.name
+
     def disconnect(self, peer: str) -> None:
         reader = self._peers.pop(peer, None)
         if reader is not None:

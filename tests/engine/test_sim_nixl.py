@@ -65,7 +65,7 @@ async def test_answers_across_processes_are_those_of_one_engine(tmp_path: Path) 
     try:
         await reader.start()
         lane = await reader.connect("owner", await asyncio.to_thread(ours.recv))
-        assert (lane.transport, lane.refusal) == ("nixl", "")
+        assert (lane.transport, lane.refusal) == ("nixl/cma", "")
         draw = random.Random(0)
         for index, count in enumerate([1, 31, 32, 33, 3000, *(draw.randint(1, 3000) for _ in range(20))]):
             prompt = tuple(draw.choices(range(VOCAB), k=count))

@@ -33,7 +33,14 @@ from kv_transfer.tcp import _ANSWER, _REQUEST, TcpTls, TcpTransport, _dial, _Exp
 from kv_transfer.transport import ARENA, STAGING, PeerGone, ReadTimedOut, Region, Segments, TransportError
 from tests.kv_transfer.memory import Bytes
 from tests.kv_transfer.nodes import Party, eventually, open_party
-from tests.kv_transfer.processes import CHURN_LAYOUT, STAGING_BYTES, PeerProcess, memory_regions, peer_process
+from tests.kv_transfer.processes import (
+    CHURN_LAYOUT,
+    STAGING_BYTES,
+    PeerProcess,
+    in_another_namespace,
+    memory_regions,
+    peer_process,
+)
 
 WHOLE = one_segment(ARENA, 0, STAGING, 0, STAGING_BYTES)
 
@@ -544,20 +551,9 @@ def test_an_owner_that_hangs_costs_the_fetch_at_most_and_no_pages(name: str, rea
 # -- the choice
 
 
-def _in_another_namespace() -> list[str]:
-    launcher = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    try:
-        allowed = subprocess.run([*launcher, "true"], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        allowed = False
-    if not allowed:
-        pytest.skip("PID namespaces can't be made here")
-    return launcher
-
-
 def test_a_pair_in_two_pid_namespaces_falls_through_to_tcp() -> None:
     reader = open_party("d", make_transports(["shm", "tcp"]))
-    with peer_process("node", "shm,tcp", launcher=_in_another_namespace()) as owner:
+    with peer_process("node", "shm,tcp", launcher=in_another_namespace()) as owner:
         lane = reader.node.connect(peer="p1", address=owner.hello["address"])
         assert (lane.transport, lane.refusal) == ("tcp", "")
         assert _fetch_and_compare(reader, owner, "t", [1, 2, 3]) == "tcp"
@@ -566,7 +562,7 @@ def test_a_pair_in_two_pid_namespaces_falls_through_to_tcp() -> None:
 
 def test_a_pair_that_can_use_none_says_why_for_each() -> None:
     reader = open_party("d", make_transports(["shm"]))
-    with peer_process("node", "shm,tcp", launcher=_in_another_namespace()) as owner:
+    with peer_process("node", "shm,tcp", launcher=in_another_namespace()) as owner:
         refusal = reader.node.connect(peer="p1", address=owner.hello["address"]).refusal
         assert "p1 can't be read: shm: " in refusal
     reader.node.close()

@@ -18,7 +18,14 @@ from kv_transfer.registry import make_transports
 from kv_transfer.segments import one_segment
 from kv_transfer.transport import ARENA, STAGING, Region, TransportError, Unquiesced
 from tests.kv_transfer.nodes import Party, eventually, open_party
-from tests.kv_transfer.processes import CHURN_LAYOUT, PeerProcess, memory_regions, peer_process
+from tests.kv_transfer.processes import (
+    CHURN_LAYOUT,
+    PeerProcess,
+    exported_memory,
+    in_another_namespace,
+    memory_regions,
+    peer_process,
+)
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("nixl_cu12") is None, reason="nixl_cu12 is not installed")
 
@@ -75,6 +82,42 @@ def test_closing_ends_a_hung_read(monkeypatch: pytest.MonkeyPatch) -> None:
         owner.resume()
         time.sleep(0.2)
         assert (memory[STAGING] == 0xA5).all()
+
+
+def test_where_the_lane_is_cma_a_stopped_owner_is_read_all_the_same() -> None:
+    """That the lane is what it is called: over TCP this read would hang."""
+    (transport,) = make_transports(["nixl"])
+    regions, memory = memory_regions(7)
+    transport.register(regions)
+    with peer_process("transport", "nixl") as owner:
+        transport.connect("p", "i1", bytes.fromhex(owner.hello))
+        assert transport.lane("p") == "nixl/cma"
+        transport.read("p", one_segment(ARENA, 0, STAGING, 0, 8), 20.0)  # the first one wires up, with the owner's help
+        owner.stop()
+        transport.read("p", one_segment(ARENA, 0, STAGING, 0, 1 << 20), 5.0)
+        assert np.array_equal(memory[STAGING][: 1 << 20], exported_memory(1)[0][: 1 << 20])
+        transport.close()
+
+
+@pytest.mark.parametrize("apart_by", ["namespace", "environment"])
+@pytest.mark.parametrize(("names", "lane"), [("nixl,shm,tcp", ""), ("nixl,tcp", "tcp"), ("nixl", "nixl/tcp")])
+def test_peers_that_ucx_would_reach_over_tcp_are_left_to_our_own_where_it_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, apart_by: str, names: str, lane: str
+) -> None:
+    if apart_by == "environment":
+        monkeypatch.setenv("UCX_TLS", "tcp")
+        launcher, lane = [], lane or "shm"
+    else:
+        launcher, lane = in_another_namespace(), lane or "tcp"
+    reader = open_party("d", make_transports(names.split(",")))
+    with peer_process("node", names, launcher=launcher) as owner:
+        found = reader.node.connect(peer="p1", address=owner.hello["address"])
+        assert (found.transport, found.refusal) == (lane, "")
+        fetched = reader.node.fetch(_offer(owner, "t", [3, 1]), 20.0)
+        assert fetched.transport == lane
+        assert reader.staged(fetched.staged_id) == _expected(owner, [3, 1])
+        reader.node.discard(fetched.staged_id)
+        reader.node.close()
 
 
 def test_an_idle_agent_sleeps() -> None:
@@ -151,7 +194,7 @@ def _expected(owner: PeerProcess, blocks: list[int]) -> list[bytes]:
 def test_blocks_cross_processes_byte_by_byte(reader: Party) -> None:
     with peer_process("node", "nixl") as owner:
         lane = reader.node.connect(peer="p1", address=owner.hello["address"])
-        assert (lane.transport, lane.refusal) == ("nixl", "")
+        assert (lane.transport, lane.refusal) == ("nixl/cma", "")
         random = np.random.default_rng(5)
         for number in range(30):
             blocks = [int(b) for b in random.permutation(32)[: 1 + number % 16]]
