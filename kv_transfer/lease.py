@@ -179,10 +179,10 @@ class LeaseTable:
         lease = self._by_id.get(transfer_id)
         if lease is None or lease.state in _ENDED:
             return False
-        assert lease.blocks <= len(block_ids) <= self._board.blocks_per_row
-        assert tokens_ready <= lease.tokens
         complete = tokens_ready == lease.tokens
         self._step(lease, LeaseEvent.COMPLETE if complete else LeaseEvent.PUBLISH)
+        assert lease.blocks <= len(block_ids) <= self._board.blocks_per_row
+        assert tokens_ready <= lease.tokens
         self._board.grow(lease.row, lease.blocks, block_ids[lease.blocks :], tokens_ready)
         lease.blocks = len(block_ids)
         if complete:

@@ -11,12 +11,12 @@ import pytest
 
 from kv_transfer import wire
 from kv_transfer.api import FetchError, NodeLimits, Outcome
-from kv_transfer.inproc import InprocTransport
+from kv_transfer.inproc import InprocHub, InprocTransport
 from kv_transfer.node import UnknownStaged
 from kv_transfer.transport import ARENA, BOARD, PeerGone, ReadTimedOut, TransportError, Unquiesced
 from kv_transfer.turn import Cancel
 from tests.kv_transfer.memory import block_major, layout
-from tests.kv_transfer.nodes import SECRET, Party, World, eventually
+from tests.kv_transfer.nodes import SECRET, Party, World, eventually, open_party
 
 #: Small enough that a fetch of three blocks is several reads.
 PIECES = NodeLimits(piece_bytes=4096, self_test_bytes=1)
@@ -145,6 +145,23 @@ def test_a_lease_that_ends_after_the_word_was_read_was_held(owner, reader):
     reader.during_read(lambda: owner.node.cancel("t"), region=BOARD)
     fetched = reader.node.fetch(owner.offer(), 5.0)
     reader.node.discard(fetched.staged_id)
+
+
+def test_an_owner_that_cannot_be_read_gets_its_lease_back_all_the_same(owner):
+    reader = open_party("d", [InprocTransport(InprocHub())])
+    try:
+        assert "p is not in this process" in fetch_fails(reader, owner.offer(), Outcome.FAILED)
+        ended(owner)
+    finally:
+        reader.node.close()
+
+
+def test_a_meeting_leaves_most_pages_to_fetches(world, owner):
+    reader = world.open("d")
+    lent = []
+    reader.during_read(lambda: lent.append(reader.node.stats().staged_pages))
+    assert not reader.node.connect(peer="p", address=owner.node.address).refusal
+    assert lent == [4], "of 16, where a self-test could use more"
 
 
 def test_an_expired_handle_is_stale(owner, reader):

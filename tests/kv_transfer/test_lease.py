@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from kv_transfer.api import OfferRefused
-from kv_transfer.board import HEADER, Board, RowHeader, new_word
+from kv_transfer.board import HEADER, Board, RowHeader, id_offset, new_word
 from kv_transfer.lease import (
     LEASE_TABLE,
     TRANSFER_TABLE,
@@ -59,6 +59,17 @@ def test_rows_start_on_cache_lines_and_words_can_be_written_at_once(board):
 
 def test_words_are_never_zero_and_fit_63_bits():
     assert all(0 < new_word() < 1 << 63 for _ in range(100))
+
+
+def test_a_row_grows_by_ids_and_counts_and_keeps_its_word(board):
+    board.publish(1, word=77, block_ids=[], tokens=0)
+    assert board.word(1) == 77
+    board.grow(1, 0, [4], tokens=16)
+    board.grow(1, 1, [9, 2], tokens=40)
+    start = board.row_offset(1)
+    raw = board._memory[start : start + board.row_bytes]
+    assert RowHeader.parse(raw[: HEADER.size].tobytes()) == RowHeader(word=77, tokens_ready=40, blocks_ready=3)
+    assert raw[id_offset(0) : id_offset(3)].view("u4").tolist() == [4, 9, 2]
 
 
 # -- the owner
@@ -165,6 +176,57 @@ def test_every_state_of_a_lease_answers_every_event_but_more_blocks_than_all():
     assert set(LEASE_TABLE) == set(itertools.product(LeaseState, LeaseEvent)) - too_late
 
 
+def test_a_stream_has_no_deadline_before_it_is_complete(leases, board):
+    lease = leases.stream(0.0, "a", blocks=2, tokens=20, ttl_s=5.0)
+    assert board.word(lease.row) == lease.word
+    assert leases.publish(3.0, "a", [7], tokens_ready=16)
+    assert leases.next_deadline() is None
+    assert leases.expire(1e6) == 0
+    assert leases.publish(9.0, "a", [7, 8], tokens_ready=20)
+    assert leases.next_deadline() == 14.0
+    assert leases.release(10.0, lease.row, lease.word)
+    assert leases.take_ended() == ["a"]
+
+
+def test_readers_can_neither_end_nor_extend_a_stream(leases, board):
+    lease = leases.stream(0.0, "a", blocks=2, tokens=20, ttl_s=5.0)
+    assert not leases.release(1.0, lease.row, lease.word)
+    assert leases.extend(1.0, lease.row, lease.word, 60.0) == float("inf")
+    assert board.word(lease.row) == lease.word
+    leases.publish(2.0, "a", [7, 8], tokens_ready=20)
+    assert leases.next_deadline() == 7.0
+
+
+def test_a_stream_that_is_withdrawn_is_gone_at_once_and_its_id_free(leases, board):
+    lease = leases.stream(0.0, "a", blocks=2, tokens=20, ttl_s=5.0)
+    leases.publish(1.0, "a", [7], tokens_ready=16)
+    assert leases.withdraw("a")
+    assert board.word(lease.row) == 0
+    assert not leases.publish(2.0, "a", [7, 8], tokens_ready=20)
+    assert not leases.withdraw("a")
+    assert leases.take_ended() == []
+    leases.offer(3.0, "a", [7, 8], tokens=20, ttl_s=5.0)
+
+
+def test_withdrawing_a_lease_that_has_ended_by_itself_takes_its_end(leases):
+    leases.offer(0.0, "a", [1], tokens=5, ttl_s=1.0)
+    leases.expire(1.0)
+    assert leases.withdraw("a")
+    assert leases.take_ended() == []
+
+
+def test_nothing_can_be_published_after_the_last_block(leases):
+    leases.stream(0.0, "a", blocks=1, tokens=5, ttl_s=5.0)
+    leases.publish(0.0, "a", [1], tokens_ready=5)
+    with pytest.raises(ProtocolError, match="COMPLETE in OFFERED"):
+        leases.publish(0.0, "a", [1], tokens_ready=5)
+
+
+def test_a_stream_needs_a_row_with_room_for_all_its_blocks(leases):
+    with pytest.raises(OfferRefused, match="1 to 4"):
+        leases.stream(0.0, "a", blocks=5, tokens=80, ttl_s=1.0)
+
+
 # -- the reader
 
 
@@ -229,6 +291,34 @@ def test_pages_of_a_read_that_may_go_on_are_kept_from_the_next(transfers):
     transfers.apply(transfers.begin("b", 3), TransferEvent.CANCEL)
 
 
+def test_what_is_fetched_ahead_has_half_of_the_pages_at_most(transfers):
+    first = transfers.begin("a", 3, ahead=True)
+    assert transfers.begin("b", 2, ahead=True).state is TransferState.FULL
+    second = transfers.begin("b", 1, ahead=True)
+    wanted = transfers.begin("c", 4)
+    assert wanted.state is TransferState.FETCHING
+    for transfer in (first, second, wanted):
+        transfers.apply(transfer, TransferEvent.CANCEL)
+
+
+def test_a_handle_fetched_ahead_is_used_up_only_when_the_engine_has_the_bytes(transfers):
+    lost = transfers.begin("a", 1, ahead=True)
+    with pytest.raises(AlreadyUsed):
+        transfers.begin("a", 1)
+    transfers.apply(lost, TransferEvent.LOST)
+    again = transfers.begin("a", 1, ahead=True)
+    for event in (TransferEvent.BYTES_IN, TransferEvent.WORD_HELD, TransferEvent.CLAIM, TransferEvent.CONSUME):
+        transfers.apply(again, event)
+    with pytest.raises(AlreadyUsed):
+        transfers.begin("a", 1)
+
+
+def test_one_handles_two_reads_that_may_go_on_are_kept_apart(transfers):
+    for _ in range(2):
+        transfers.apply(transfers.begin("a", 2, ahead=True), TransferEvent.LOST, quiesced=False)
+    assert transfers.staging.quarantined == 4
+
+
 def test_a_transfer_that_is_over_knows_no_event():
     over = {TransferState.CONSUMED, TransferState.DISCARDED, TransferState.FULL, TransferState.STALE}
     assert not any(state in over | {TransferState.FAILED} for state, _ in TRANSFER_TABLE)
@@ -250,6 +340,8 @@ class LeaseModel(RuleBasedStateMachine):
         self.now = 0.0
         self.names = itertools.count()
         self.deadlines: dict[str, float] = {}
+        #: Blocks published of four, and the time it will have.
+        self.streams: dict[str, tuple[int, float]] = {}
         self.row_of: dict[str, tuple[int, int]] = {}
         self.ended: list[str] = []
         self.taken: list[str] = []
@@ -265,11 +357,55 @@ class LeaseModel(RuleBasedStateMachine):
             self.ended.append(name)
         return held
 
+    @property
+    def _full(self) -> bool:
+        return len(self.deadlines) + len(self.streams) + len(self.ended) == 4
+
+    @rule(target=offered, ttl=st.floats(0.0, 40.0))
+    def stream(self, ttl):
+        name = f"t{next(self.names)}"
+        self._expire()
+        if self._full:
+            with pytest.raises(OfferRefused):
+                self.table.stream(self.now, name, blocks=4, tokens=8, ttl_s=ttl)
+            return name, 0, 1
+        lease = self.table.stream(self.now, name, blocks=4, tokens=8, ttl_s=ttl)
+        self.streams[name] = 0, min(ttl, 30.0)
+        self.row_of[name] = (lease.row, lease.word)
+        return name, lease.row, lease.word
+
+    @rule(lease=offered, blocks=st.integers(0, 4))
+    def publish(self, lease, blocks):
+        name = lease[0]
+        if name in self.deadlines:
+            with pytest.raises(ProtocolError):
+                self.table.publish(self.now, name, range(4), tokens_ready=8)
+        elif name not in self.streams:
+            assert not self.table.publish(self.now, name, range(4), tokens_ready=8)
+        else:
+            before, ttl = self.streams[name]
+            ready = max(before, blocks)
+            assert self.table.publish(self.now, name, range(ready), tokens_ready=2 * ready)
+            if ready < 4:
+                self.streams[name] = ready, ttl
+            else:
+                del self.streams[name]
+                self.deadlines[name] = self.now + ttl
+
+    @rule(lease=offered)
+    def withdraw(self, lease):
+        name = lease[0]
+        known = [names.pop(name, None) is not None for names in (self.streams, self.deadlines)]
+        if name in self.ended:
+            self.ended.remove(name)
+            known.append(True)
+        assert self.table.withdraw(name) == any(known)
+
     @rule(target=offered, ttl=st.floats(0.0, 40.0), blocks=st.integers(1, 4))
     def offer(self, ttl, blocks):
         name = f"t{next(self.names)}"
         self._expire()
-        if len(self.deadlines) + len(self.ended) == 4:
+        if self._full:
             with pytest.raises(OfferRefused):
                 self.table.offer(self.now, name, range(blocks), tokens=1, ttl_s=ttl)
             return name, 0, 1
@@ -291,11 +427,16 @@ class LeaseModel(RuleBasedStateMachine):
         deadline = self.table.extend(self.now, row, word, ttl)
         if name in self.deadlines:
             self.deadlines[name] = max(self.deadlines[name], self.now + min(ttl, 30.0))
-        assert deadline == self.deadlines.get(name)
+        assert deadline == self.deadlines.get(name, float("inf") if name in self.streams else None)
 
     @rule(lease=offered)
     def cancel(self, lease):
-        assert self.table.cancel(lease[0]) == self._end(lease[0])
+        name = lease[0]
+        if self.streams.pop(name, None) is not None:
+            self.ended.append(name)
+            assert self.table.cancel(name)
+        else:
+            assert self.table.cancel(name) == self._end(name)
 
     @rule(row=st.integers(-1, 5), word=st.integers(0, 5))
     def stray_release(self, row, word):
@@ -322,11 +463,13 @@ class LeaseModel(RuleBasedStateMachine):
     @invariant()
     def agrees(self):
         self.table.check_integrity()
-        assert self.table.held == len(self.deadlines)
+        assert self.table.held == len(self.deadlines) + len(self.streams)
         assert self.table.next_deadline() == min(self.deadlines.values(), default=None)
         assert len(self.taken) == len(set(self.taken)), "blocks are freed once"
         standing = {self.board.word(row) for row in range(4)} - {0}
-        assert standing == {self.row_of[name][1] for name in self.deadlines}
+        assert standing == {self.row_of[name][1] for name in (*self.deadlines, *self.streams)}
+        counts = {name: int(self.board._counts[self.row_of[name][0], 1]) for name in self.streams}
+        assert counts == {name: blocks for name, (blocks, _) in self.streams.items()}
 
 
 LeaseModel.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -344,11 +487,13 @@ class TransferModel(RuleBasedStateMachine):
         self.ids = itertools.count()
         self.quarantined: list[str] = []
 
-    @rule(target=running, blocks=st.integers(1, 4))
-    def begin(self, blocks):
-        free = self.table.staging.free
-        transfer = self.table.begin(f"s{next(self.ids)}", blocks)
-        assert (transfer.state is TransferState.FULL) == (blocks > free)
+    @rule(target=running, blocks=st.integers(1, 4), ahead=st.booleans())
+    def begin(self, blocks, ahead):
+        room = self.table.staging.free
+        if ahead:
+            room = min(room, 3 - self.table.ahead_pages)
+        transfer = self.table.begin(f"s{next(self.ids)}", blocks, ahead=ahead)
+        assert (transfer.state is TransferState.FULL) == (blocks > room)
         return transfer
 
     @rule(transfer=running, event=st.sampled_from(TransferEvent), quiesced=st.booleans())

@@ -1,8 +1,9 @@
 """The whole hand-off, without threads, in every order hypothesis can think of.
 
-An owner with few blocks leases them, loses control messages, expires, and reuses blocks at the first moment it may. A
-reader copies block by block, while all that goes on, and confirms by the word. Whatever it stages must be the bytes
-that were offered. The last test takes the confirmation away and expects the same machine to find wrong bytes.
+An owner with few blocks leases them, some while it computes them, loses control messages, expires, and reuses blocks at
+the first moment it may. A reader copies block by block, while all that goes on, and confirms by the word. Whatever it
+stages must be the bytes that were offered. The last test takes the confirmation away and expects the same machine to
+find wrong bytes.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ class Offer:
     word: int
     blocks: list[int]
     content: list[int]
+    #: Its blocks are on the board from the beginning.
+    at_once: bool = True
 
 
 @dataclass
 class Fetch:
     offer: Offer
     transfer: Transfer
+    #: Blocks that it may read, and has read.
+    ready: int = 0
     copied: int = 0
-    cancelled: bool = False
 
 
 @dataclass
@@ -49,6 +53,8 @@ class Owner:
     def __post_init__(self) -> None:
         self.leases = LeaseTable(self.board, new_word, ttl_s_max=100.0)
         self.leased: dict[str, list[int]] = {}
+        #: Legs that compute, and how many of their blocks they have computed.
+        self.computing: dict[str, int] = {}
 
 
 class HandOff(RuleBasedStateMachine):
@@ -86,6 +92,47 @@ class HandOff(RuleBasedStateMachine):
         owner.leased[name] = blocks
         self.offers.append(Offer(name, lease.row, lease.word, blocks, content))
 
+    @rule(count=st.integers(1, 4), ttl=st.floats(0.5, 20.0))
+    def begin_prefill(self, count, ttl):
+        owner = self.owner
+        if len(owner.free) < count:
+            return
+        name = f"t{len(self.offers)}"
+        try:
+            lease = owner.leases.stream(self.now, name, blocks=count, tokens=count, ttl_s=ttl)
+        except OfferRefused:
+            return
+        blocks = [owner.free.pop() for _ in range(count)]
+        content = [next(self.numbers) for _ in blocks]
+        owner.leased[name], owner.computing[name] = blocks, 0
+        self.offers.append(Offer(name, lease.row, lease.word, blocks, content, at_once=False))
+
+    @precondition(lambda self: self.owner.computing)
+    @rule(data=st.data(), chunk=st.integers(1, 3))
+    def compute(self, data, chunk):
+        owner = self.owner
+        name = data.draw(st.sampled_from(sorted(owner.computing)))
+        offer = next(offer for offer in self.offers if offer.transfer_id == name)
+        begin, end = owner.computing[name], min(owner.computing[name] + chunk, len(offer.blocks))
+        for block, value in zip(offer.blocks[begin:end], offer.content[begin:end], strict=True):
+            owner.arena[block] = value
+        owner.computing[name] = end
+        owner.leases.publish(self.now, name, offer.blocks[:end], tokens_ready=end)
+        if end == len(offer.blocks):
+            del owner.computing[name]
+
+    @precondition(lambda self: self.owner.computing)
+    @rule(data=st.data())
+    def abort(self, data):
+        """Or preempt: the engine gives the blocks of a leg that computes to another in the same step."""
+        owner = self.owner
+        name = data.draw(st.sampled_from(sorted(owner.computing)))
+        del owner.computing[name]
+        owner.leases.withdraw(name)
+        for block in owner.leased.pop(name):
+            owner.free.append(block)
+            owner.arena[block] = -next(self.numbers)
+
     @rule()
     def step(self):
         """The engine's step: blocks of ended leases are written over at once."""
@@ -98,8 +145,9 @@ class HandOff(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def cancel_lease(self, data):
-        if self.offers:
-            self.owner.leases.cancel(data.draw(st.sampled_from(self.offers)).transfer_id)
+        done = [offer for offer in self.offers if offer.transfer_id not in self.owner.computing]
+        if done:
+            self.owner.leases.cancel(data.draw(st.sampled_from(done)).transfer_id)
 
     @rule(seconds=st.floats(0.1, 8.0))
     def wait(self, seconds):
@@ -125,15 +173,31 @@ class HandOff(RuleBasedStateMachine):
         offer = data.draw(st.sampled_from(fresh))
         transfer = self.transfers.begin(offer.transfer_id, len(offer.blocks))
         if transfer.state is TransferState.FETCHING:
-            self.fetches.append(Fetch(offer, transfer))
+            self.fetches.append(Fetch(offer, transfer, ready=len(offer.blocks) if offer.at_once else 0))
+
+    @precondition(lambda self: any(not f.offer.at_once for f in self.fetches))
+    @rule(data=st.data())
+    def look(self, data):
+        """Of a row that grows: the counts now, the ids when they are needed."""
+        fetch = data.draw(st.sampled_from([f for f in self.fetches if not f.offer.at_once]))
+        if fetch.transfer.state is not TransferState.FETCHING:
+            return
+        board, offer = self.owner.board, fetch.offer
+        if board.word(offer.row) == offer.word or not self.confirms:
+            fetch.ready = min(int(board._counts[offer.row, 1]), len(offer.blocks))
+        else:
+            self.transfers.apply(fetch.transfer, TransferEvent.WORD_GONE)
+            self.fetches.remove(fetch)
 
     @precondition(lambda self: self.fetches)
     @rule(data=st.data())
     def copy_one(self, data):
         fetch = data.draw(st.sampled_from(self.fetches))
-        if fetch.copied == len(fetch.offer.blocks):
+        if fetch.copied == fetch.ready:
             return
-        page, block = fetch.transfer.pages[fetch.copied], fetch.offer.blocks[fetch.copied]
+        offer, board = fetch.offer, self.owner.board
+        page = fetch.transfer.pages[fetch.copied]
+        block = offer.blocks[fetch.copied] if offer.at_once else int(board._ids[offer.row, fetch.copied])
         self.staging[page] = self.owner.arena[block]
         fetch.copied += 1
         if fetch.copied == len(fetch.offer.blocks):
@@ -189,6 +253,9 @@ class HandOff(RuleBasedStateMachine):
             self.transfers.apply(fetch.transfer, TransferEvent.CANCEL)
         for fetch in self.staged:
             self.transfers.apply(fetch.transfer, TransferEvent.DISCARD)
+        for name in list(self.owner.computing):
+            self.owner.leases.withdraw(name)
+            self.owner.free += self.owner.leased.pop(name)
         self.now += 1000
         self.step()
         assert sorted(self.owner.free) == list(range(BLOCKS))

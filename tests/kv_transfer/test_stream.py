@@ -1,0 +1,331 @@
+"""Blocks that are read while they are computed: what arrives, what ends it in mid-stream, and that nothing is left."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+
+from kv_transfer import wire
+from kv_transfer.api import Fetched, FetchError, NodeLimits, OfferRefused, Outcome
+from kv_transfer.inproc import ReadEvent
+from kv_transfer.reading import Pace
+from kv_transfer.transport import ARENA, BOARD, PeerGone
+from kv_transfer.turn import Cancel
+from tests.kv_transfer.nodes import SECRET, Party, World, eventually
+
+BLOCKS = (3, 4, 9, 2, 11)
+TOKENS = 16 * 4 + 5
+
+
+@pytest.fixture
+def owner(world: World) -> Party:
+    return world.open("p")
+
+
+@pytest.fixture
+def reader(world: World) -> Party:
+    return world.open("d", limits=NodeLimits(piece_bytes=4096, self_test_bytes=1))
+
+
+def stream(owner: Party, transfer_id: str = "t", ttl_s: float = 30.0) -> bytes:
+    return owner.node.stream(transfer_id=transfer_id, tenant="acme", reader="d", tokens=TOKENS, ttl_s=ttl_s)
+
+
+@dataclass
+class Reader:
+    """A fetch in a thread of its own."""
+
+    party: Party
+    handle: bytes
+    ahead: bool = True
+    cancel: Cancel = field(default_factory=Cancel)
+
+    def __post_init__(self) -> None:
+        self._threads = ThreadPoolExecutor(1)
+        self.bytes_read = 0
+        self.looks = 0
+        self.party.inproc.hook = self._count
+        self.future: Future[Fetched] = self._threads.submit(
+            self.party.node.fetch, self.handle, 10.0, self.cancel, ahead=self.ahead
+        )
+        self._threads.shutdown(wait=False)
+
+    def _count(self, event: ReadEvent) -> None:
+        if event.done and event.segments.remote_region == ARENA:
+            self.bytes_read += event.segments.nbytes
+        self.looks += event.done and event.segments.remote_region == BOARD
+
+    def has_read(self, blocks: int) -> None:
+        eventually(lambda: self.bytes_read == blocks * self.party.layout.block_bytes)
+
+    def fails(self, outcome: Outcome) -> str:
+        with pytest.raises(FetchError) as raised:
+            self.future.result(10)
+        assert raised.value.outcome is outcome, raised.value
+        stats = self.party.node.stats()
+        assert (stats.staged_pages, stats.fetches_in_flight) == (0, 0)
+        return raised.value.detail
+
+    def succeeds(self) -> Fetched:
+        return self.future.result(10)
+
+
+def met(owner: Party, reader: Party) -> None:
+    reader.node.connect(peer="p", address=owner.node.address)
+
+
+def test_blocks_are_read_as_they_become_whole(owner, reader):
+    met(owner, reader)
+    handle = stream(owner)
+    assert wire.unseal(handle, SECRET).block_ids == ()
+    reading = Reader(reader, handle)
+    assert owner.node.publish("t", BLOCKS, 30)  # a block and a part of the next
+    reading.has_read(1)
+    assert owner.node.publish("t", BLOCKS, 64)
+    reading.has_read(4)
+    assert not reading.future.done()
+    assert owner.node.publish("t", BLOCKS, TOKENS)
+    fetched = reading.succeeds()
+    assert reader.staged(fetched.staged_id) == [owner.block(block) for block in BLOCKS]
+    assert (fetched.tokens, fetched.nbytes) == (TOKENS, 5 * owner.layout.block_bytes)
+    eventually(lambda: owner.node.take_ended() == ["t"])
+    reader.node.discard(fetched.staged_id)
+
+
+def test_a_block_that_changes_before_it_is_whole_arrives_whole(owner, reader):
+    met(owner, reader)
+    reading = Reader(reader, stream(owner))
+    owner.node.publish("t", BLOCKS, 31)
+    reading.has_read(1)
+    owner.overwrite(4)
+    owner.node.publish("t", BLOCKS, TOKENS)
+    fetched = reading.succeeds()
+    assert reader.staged(fetched.staged_id)[1] == bytes(owner.layout.block_bytes)
+    reader.node.discard(fetched.staged_id)
+
+
+def test_block_ids_may_become_known_as_they_are_needed(owner, reader):
+    met(owner, reader)
+    reading = Reader(reader, stream(owner))
+    for blocks in range(1, 5):
+        owner.node.publish("t", BLOCKS[:blocks], 16 * blocks)
+        reading.has_read(blocks)
+    owner.node.publish("t", BLOCKS, TOKENS)
+    fetched = reading.succeeds()
+    assert reader.staged(fetched.staged_id) == [owner.block(block) for block in BLOCKS]
+    reader.node.discard(fetched.staged_id)
+
+
+def test_a_stream_that_is_complete_is_fetched_like_any_lease(owner, reader):
+    handle = stream(owner)
+    owner.node.publish("t", BLOCKS, TOKENS)
+    fetched = reader.node.fetch(handle, 5.0)
+    assert reader.staged(fetched.staged_id) == [owner.block(block) for block in BLOCKS]
+    reader.node.discard(fetched.staged_id)
+    eventually(lambda: owner.node.take_ended() == ["t"])
+
+
+def test_a_lease_expires_after_it_is_complete_and_not_before(owner, reader):
+    handle = stream(owner, ttl_s=0.05)
+    assert wire.unseal(handle, SECRET).deadline_ms == 0
+    owner.node.publish("t", BLOCKS, 64)
+    with pytest.raises(FetchError, match="deadline"):
+        reader.node.fetch(handle, 0.3, ahead=True)
+    assert owner.node.stats().leases_held == 1
+    owner.node.publish("t", BLOCKS, TOKENS)
+    eventually(lambda: owner.node.take_ended() == ["t"])
+    with pytest.raises(FetchError) as raised:
+        reader.node.fetch(handle, 1.0)
+    assert raised.value.outcome is Outcome.STALE
+
+
+def test_a_stream_withdrawn_in_mid_read_is_stale_and_its_blocks_free_at_once(owner, reader):
+    met(owner, reader)
+    reading = Reader(reader, stream(owner))
+    owner.node.publish("t", BLOCKS, 40)
+    reading.has_read(2)
+    assert owner.node.withdraw("t")
+    owner.overwrite(3)
+    assert "ended before its bytes were in" in reading.fails(Outcome.STALE)
+    assert owner.node.take_ended() == []
+    assert not owner.node.publish("t", BLOCKS, TOKENS)
+    assert owner.node.stats().leases_held == 0
+
+
+def test_a_block_reused_after_its_read_makes_the_whole_fetch_stale(owner, reader):
+    """The word is read after the last byte, so the first are held to the same standard."""
+    met(owner, reader)
+    handle = stream(owner)
+    reading = Reader(reader, handle)
+    owner.node.publish("t", BLOCKS, 64)
+    reading.has_read(4)
+    owner.node.withdraw("t")
+    owner.overwrite(3)
+    again = owner.node.stream(transfer_id="t", tenant="acme", reader="d", tokens=TOKENS, ttl_s=30)
+    assert wire.unseal(again, SECRET).row == wire.unseal(handle, SECRET).row
+    owner.node.publish("t", BLOCKS, TOKENS)
+    reading.fails(Outcome.STALE)
+    owner.node.withdraw("t")
+
+
+def test_a_cancelled_read_stops_between_two_looks(owner, reader):
+    met(owner, reader)
+    reading = Reader(reader, stream(owner))
+    owner.node.publish("t", BLOCKS, 16)
+    reading.has_read(1)
+    reading.cancel.set()
+    assert reading.fails(Outcome.FAILED) == "cancelled"
+    assert owner.node.stats().leases_held == 1, "its prefill goes on"
+    owner.node.withdraw("t")
+
+
+def test_an_owner_that_closes_ends_the_read(owner, reader):
+    met(owner, reader)
+    reading = Reader(reader, stream(owner))
+    owner.node.publish("t", BLOCKS, 16)
+    reading.has_read(1)
+    owner.node.close()
+    with pytest.raises(FetchError):
+        reading.future.result(10)
+    assert not owner.node.publish("t", BLOCKS, 32)
+
+
+# -- ahead
+
+
+def test_a_read_ahead_that_fails_costs_nothing_but_its_time(owner, reader):
+    met(owner, reader)
+    handle = stream(owner)
+    owner.node.publish("t", BLOCKS, 32)
+
+    def broken(event: ReadEvent) -> None:
+        raise PeerGone("as asked")
+
+    reading = Reader(reader, handle)
+    reading.has_read(2)
+    reader.inproc.hook = broken
+    reading.fails(Outcome.FAILED)
+    reader.inproc.hook = None
+    owner.node.publish("t", BLOCKS, TOKENS)
+    fetched = reader.node.fetch(handle, 5.0)
+    assert reader.staged(fetched.staged_id) == [owner.block(block) for block in BLOCKS]
+    reader.node.discard(fetched.staged_id)
+    eventually(lambda: owner.node.take_ended() == ["t"])
+
+
+def test_what_was_read_ahead_and_discarded_is_stale_for_the_next(owner, reader):
+    handle = stream(owner)
+    owner.node.publish("t", BLOCKS, TOKENS)
+    reader.node.discard(reader.node.fetch(handle, 5.0, ahead=True).staged_id)
+    eventually(lambda: owner.node.take_ended() == ["t"])
+    with pytest.raises(FetchError) as raised:
+        reader.node.fetch(handle, 5.0)
+    assert raised.value.outcome is Outcome.STALE
+
+
+def test_a_handle_is_refused_while_it_is_read_ahead(owner, reader):
+    met(owner, reader)
+    handle = stream(owner)
+    reading = Reader(reader, handle)
+    eventually(lambda: reading.looks)
+    with pytest.raises(FetchError, match="used before"):
+        reader.node.fetch(handle, 5.0)
+    owner.node.withdraw("t")
+    reading.fails(Outcome.STALE)
+
+
+def test_reads_ahead_leave_half_of_the_pages(owner, reader):
+    handles = [stream(owner, name) for name in ("t", "u")]
+    met(owner, reader)
+    reading = Reader(reader, handles[0])
+    eventually(lambda: reading.looks)
+    with pytest.raises(FetchError) as raised:
+        reader.node.fetch(handles[1], 5.0, ahead=True)
+    assert raised.value.outcome is Outcome.FULL
+    owner.node.withdraw("t"), owner.node.withdraw("u")
+    reading.fails(Outcome.STALE)
+
+
+def test_a_fetch_waits_for_the_pages_of_a_cancelled_one(owner, reader):
+    met(owner, reader)
+    reading = Reader(reader, stream(owner))
+    owner.node.publish("t", BLOCKS, 16)
+    reading.has_read(1)
+    in_mid_piece, go_on = threading.Event(), threading.Event()
+
+    def stop() -> None:
+        in_mid_piece.set()
+        go_on.wait(10)
+
+    reader.during_read(stop)
+    owner.node.publish("t", BLOCKS, 32)
+    assert in_mid_piece.wait(10)
+    reading.cancel.set()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(reader.node.fetch, owner.offer("wanted", blocks=range(12)), 10.0)
+        eventually(lambda: reader.node._changed._waiters)
+        reader.inproc.hook = None
+        go_on.set()
+        fetched = waiting.result(10)
+    with pytest.raises(FetchError, match="cancelled"):
+        reading.future.result(10)
+    reader.node.discard(fetched.staged_id)
+    owner.node.withdraw("t")
+
+
+# -- rows
+
+
+def test_a_stream_that_no_row_has_room_for_is_refused(world):
+    owner = world.open("p", limits=NodeLimits(blocks_per_row=4))
+    with pytest.raises(OfferRefused, match="5 blocks"):
+        stream(owner)
+
+
+def test_a_reader_with_shorter_rows_says_so(world, owner):
+    reader = world.open("d", limits=NodeLimits(blocks_per_row=4))
+    with pytest.raises(FetchError, match="do not fit in a row") as raised:
+        reader.node.fetch(stream(owner), 5.0)
+    assert raised.value.outcome is Outcome.REFUSED
+    owner.node.withdraw("t")
+
+
+def test_a_row_that_names_blocks_outside_the_arena_is_not_followed(owner, reader):
+    met(owner, reader)
+    handle = stream(owner)
+    owner.node._leases.publish(0.0, "t", [99, 4], 32)
+    with pytest.raises(FetchError, match="block 99 of an arena with 32") as raised:
+        reader.node.fetch(handle, 5.0)
+    assert raised.value.outcome is Outcome.FAILED
+    owner.node.withdraw("t")
+
+
+# -- how often it looks
+
+
+def test_it_looks_seldom_while_a_chunk_is_computed_and_often_when_one_is_due():
+    pace = Pace()
+    pace.grew(10.0)
+    pace.grew(10.4)
+    assert pace.pause_s(10.4) == pytest.approx(0.35)
+    assert pace.pause_s(10.79) == pytest.approx(0.4 / 32)
+    assert pace.pause_s(14.0) == 0.05, "a chunk that is late is waited for with less haste"
+
+
+def test_it_never_spins():
+    pace = Pace()
+    assert all(pace.pause_s(now / 1000) >= 0.001 for now in range(100))
+    pace.grew(1.0)
+    pace.grew(1.000001)
+    assert all(pace.pause_s(1.0 + now / 1e6) >= 0.001 for now in range(100))
+
+
+def test_it_looks_often_at_first_and_then_less():
+    pace = Pace()
+    pauses = [pace.pause_s(0.0) for _ in range(20)]
+    assert pauses == sorted(pauses)
+    assert 0.001 <= pauses[0] < 0.002
+    assert pauses[-1] <= 0.05
