@@ -510,21 +510,30 @@ class KvNode:
 
     def _begin(self, handle: Handle, cancel: Cancel, deadline: float, ahead: bool) -> _Job:
         blocks = self._blocks(handle)
-        with self._lock:
-            if self._closed:
-                raise FetchError(Outcome.FAILED, "the node is closed")
-            if not self._scratch_slots:
-                raise FetchError(Outcome.FULL, f"{self.limits.fetches} fetches are under way")
-            try:
-                transfer = self._transfers.begin(handle.staged_id, blocks, ahead=ahead)
-            except AlreadyUsed as used:
-                raise FetchError(Outcome.REFUSED, f"the handle of {handle.transfer_id} was used before") from used
-            if transfer.state is TransferState.FULL:
-                staging = self._transfers.staging
-                raise FetchError(Outcome.FULL, f"{blocks} pages; {staging.free} of {staging.pages} are free")
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise FetchError(Outcome.FAILED, "the node is closed")
+                if not self._scratch_slots:
+                    raise FetchError(Outcome.FULL, f"{self.limits.fetches} fetches are under way")
+                try:
+                    transfer = self._transfers.begin(handle.staged_id, blocks, ahead=ahead)
+                except AlreadyUsed as used:
+                    raise FetchError(Outcome.REFUSED, f"the handle of {handle.transfer_id} was used before") from used
+                if transfer.state is not TransferState.FULL:
+                    break
+                if not self._wait_for_pages(deadline):
+                    staging = self._transfers.staging
+                    raise FetchError(Outcome.FULL, f"{blocks} pages; {staging.free} of {staging.pages} are free")
             job = _Job(transfer, cancel, self._scratch_slots.pop(), deadline)
             self._jobs[transfer.staged_id] = job
             return job
+
+    def _wait_for_pages(self, deadline: float) -> bool:
+        """Until a fetch that was cancelled has given its pages back; False when none will."""
+        if not any(job.cancel.is_set() for job in self._jobs.values()):
+            return False
+        return self._changed.wait(deadline - time.monotonic())
 
     def _fetch(self, handle: Handle, raw: bytes, job: _Job) -> Peer:
         """FETCHING to STAGED. Ended otherwise, it has given its pages back and raises FetchError."""
