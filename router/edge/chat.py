@@ -13,17 +13,34 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from router.core.errors import Invalid
 from router.edge.text import ModelText
 
+#: How many models write that a call begins.
+MARK = "<tool_call>"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Said(NamedTuple):
     role: str
     content: str
+    #: Of an assistant: what it called, with `arguments` as an object; as templates take them.
+    tool_calls: Sequence[dict[str, object]] = ()
+    #: Of a tool: which call it answers.
+    tool_call_id: str = ""
+    name: str = ""
+
+    @property
+    def is_about_tools(self) -> bool:
+        return bool(self.tool_calls) or self.role == "tool"
+
+    def as_message(self) -> dict[str, object]:
+        said: dict[str, object] = {"role": self.role, "content": self.content}
+        given = {"tool_calls": list(self.tool_calls), "tool_call_id": self.tool_call_id, "name": self.name}
+        return {**said, **{name: value for name, value in given.items() if value}}
 
 
 class ChatTemplate:
@@ -32,9 +49,15 @@ class ChatTemplate:
         source = text.chat_template(model_dir)
         self._tokens = _special_tokens(model_dir / "tokenizer_config.json")
         self._template: jinja2.Template | None = None
+        #: Whether it shows tools to the model, and the mark that calls are written with.
+        self.has_tools = False
+        self.marks_calls = False
         if source is not None:
+            environment = _environment()
             try:
-                self._template = _environment().from_string(source)
+                self._template = environment.from_string(source)
+                self.has_tools = "tools" in find_undeclared_variables(environment.parse(source))
+                self.marks_calls = self.has_tools and MARK in source
             except jinja2.TemplateError as error:
                 raise ValueError(f"model_dir: the chat template of {model_dir} is not one: {error}") from error
 
@@ -43,17 +66,21 @@ class ChatTemplate:
         """Models' own templates write them out; the tokenizer must not add them again."""
         return self._template is not None
 
-    def render(self, messages: Sequence[Said], *, ask: bool) -> str:
+    def render(self, messages: Sequence[Said], *, ask: bool, tools: Sequence[dict[str, object]] = ()) -> str:
         """`ask` ends the text where the answer begins. Raises Invalid, if the template refuses the messages."""
+        if not self.has_tools:
+            for at, said in enumerate(messages):
+                if said.is_about_tools:
+                    raise Invalid(f"messages[{at}]", "is about tools, which this model's template does not know")
         if self._template is None:
             lines = [f"{said.role.capitalize()}: {said.content}" for said in messages]
             return "\n".join([*lines, "Assistant:"] if ask else lines)
         try:
             return self._template.render(
                 **self._tokens,
-                messages=[said._asdict() for said in messages],
+                messages=[said.as_message() for said in messages],
                 add_generation_prompt=ask,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
             )
         except _Refused as error:

@@ -8,8 +8,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -25,20 +25,22 @@ from router.edge.errors import MethodNotAllowed
 from router.edge.generate import Accepted, Answer, End, Generator, Part, Wanted
 from router.edge.http_server import ClientGone, Exchange
 from router.edge.identity import Authenticator, Presented, Scope, presented
-from router.edge.openai_answer import CHAT, COMPLETION, Call, Choice, Form, LogprobWriter, finish_reason, usage_of
+from router.edge.openai_answer import CHAT, COMPLETION, Call, Choice, Form, usage_of, whole_choice
 from router.edge.openai_body import (
     Body,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    Message,
+    Formed,
     StreamOptions,
     TokenizeBody,
     asked,
+    form,
     parse,
     prompts,
     said_in,
 )
+from router.edge.openai_tools import NO_TOOLS, Use, use
 from router.port import ModelView
 
 T = TypeVar("T")
@@ -118,7 +120,11 @@ class OpenAIEdge:
         arrival = self._generator.now()
         await self._authenticator.caller(_presented(exchange))  # before anything is done for whoever it is
         body = parse(CompletionBody, await self._body(exchange))
-        wishes = asked(body, max_tokens=body.max_tokens, logprobs=body.logprobs)
+        if body.echo and body.logprobs is not None:
+            raise Invalid("echo", "is not supported together with logprobs: a prompt's are not computed")
+        formed = form(body)
+        structure = formed.structure if formed else None
+        wishes = asked(body, max_tokens=body.max_tokens, logprobs=body.logprobs, structure=structure)
         wanted = [
             Wanted(
                 model=body.model or "",
@@ -131,8 +137,14 @@ class OpenAIEdge:
             )
             for field, prompt in prompts(body.prompt)
         ]
-        call = await self._call(exchange, COMPLETION, body, wanted, arrival)
-        await self._answer(exchange, call, stream=bool(body.stream))
+        with _named(formed.field if formed else ""):
+            call = await self._call(exchange, COMPLETION, body, wanted, arrival)
+            if body.echo:
+                call = replace(call, echoes=[self._repeated(one, call.model) for one in wanted])
+            await self._answer(exchange, call, stream=bool(body.stream))
+
+    def _repeated(self, wanted: Wanted, model: str) -> str:
+        return wanted.prompt if isinstance(wanted.prompt, str) else self._generator.text(model).decode(wanted.prompt)
 
     async def _chat(self, exchange: Exchange) -> None:
         arrival = self._generator.now()
@@ -141,25 +153,43 @@ class OpenAIEdge:
         if body.top_logprobs is not None and not body.logprobs:
             raise Invalid("top_logprobs", "needs logprobs to be true")
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        prompt, special_tokens = await self._conversation(body.model or "", body.messages, body.add_generation_prompt)
+        formed = form(body)
+        tools = use(body.tools, body.tool_choice, self._template(body.model))
+        if tools.structure is not None:
+            if formed is not None:
+                raise Invalid("tool_choice", f"cannot be had together with {formed.field}")
+            formed = Formed("tool_choice", tools.structure)
+        prompt, special_tokens = await self._conversation(body.model, body, tools)
         wanted = Wanted(
             model=body.model or "",
             prompt=prompt,
             prompt_field="messages",
-            asked=asked(body, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None),
+            asked=asked(
+                body,
+                max_tokens=max_tokens,
+                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+                structure=formed.structure if formed else None,
+            ),
             timeout_s=_timeout_s(exchange),
             presented=_presented(exchange),
             special_tokens=special_tokens,
         )
-        call = await self._call(exchange, CHAT, body, [wanted], arrival)
-        await self._answer(exchange, call, stream=bool(body.stream))
+        with _named(formed.field if formed else ""):
+            call = await self._call(exchange, CHAT, body, [wanted], arrival)
+            await self._answer(exchange, replace(call, tools=tools), stream=bool(body.stream))
 
-    async def _conversation(self, model: str, messages: Sequence[Message], ask: bool) -> tuple[str, bool]:
+    def _template(self, model: str | None) -> ChatTemplate:
+        return self._templates[self._generator.model(model or "")]
+
+    async def _conversation(
+        self, model: str | None, body: ChatBody | TokenizeBody, tools: Use = NO_TOOLS
+    ) -> tuple[str, bool]:
         """The prompt's text, and whether the tokenizer is to add its special tokens."""
-        template = self._templates[self._generator.model(model)]
-        said = said_in(messages)
+        template = self._template(model)
+        said = said_in(body.messages or ())
         characters = sum(len(one.content) for one in said) + 100 * len(said)
-        text = await self._generator.work(characters, lambda: template.render(said, ask=ask))
+        ask = body.add_generation_prompt
+        text = await self._generator.work(characters, lambda: template.render(said, ask=ask, tools=tools.shown))
         return text, not template.adds_special_tokens
 
     async def _call(self, exchange: Exchange, form: Form, body: Body, wanted: list[Wanted], arrival: float) -> Call:
@@ -185,6 +215,8 @@ class OpenAIEdge:
             logprobs=wanted[0].asked.logprobs is not None,
             include_usage=bool(options.include_usage),
             continuous_usage=bool(options.continuous_usage_stats),
+            tools=NO_TOOLS,
+            echoes=(),
         )
 
     async def _answer(self, exchange: Exchange, call: Call, *, stream: bool) -> None:
@@ -244,12 +276,7 @@ class OpenAIEdge:
                     pieces.append(part.text)
                     logprobs += part.logprobs
                 else:
-                    said = "".join(pieces)
-                    content: dict[str, object] = {"text": said}
-                    if call.form.chat:
-                        content = {"message": {"role": "assistant", "content": said, "refusal": None}}
-                    written = LogprobWriter(text, call.form).write(logprobs) if call.logprobs else None
-                    return {"index": index, **content, "logprobs": written, "finish_reason": finish_reason(part)}, part
+                    return whole_choice(call, index, "".join(pieces), logprobs, part, text), part
             raise AssertionError("an answer ended without its End")
 
         found = await _together([one(index, answer) for index, answer in enumerate(answers)])
@@ -286,7 +313,7 @@ class OpenAIEdge:
         if (body.prompt is None) == (body.messages is None):
             raise Invalid("prompt", "either prompt or messages must be given")
         if body.messages is not None:
-            text, special_tokens = await self._conversation(model, body.messages, body.add_generation_prompt)
+            text, special_tokens = await self._conversation(model, body)
             field = "messages"
         else:
             text, special_tokens, field = body.prompt or "", True, "prompt"
@@ -333,6 +360,17 @@ class OpenAIEdge:
 
     async def _body(self, exchange: Exchange) -> bytes:
         return await exchange.body(self._requests.message_bytes_max, self._http.read_timeout_s)
+
+
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """A form that is refused has the name that this request gave it."""
+    try:
+        yield
+    except Invalid as error:
+        if error.field == "sampling.structure" and field:
+            raise Invalid(field, error.description, limit=error.limit) from None
+        raise
 
 
 def _sibling(accepted: Accepted, number: int, request_id: str) -> Accepted:

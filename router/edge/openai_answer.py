@@ -13,6 +13,7 @@ import msgspec
 
 from router.core.request import FinishReason, TokenLogprobs, Usage
 from router.edge.generate import Accepted, End, Part
+from router.edge.openai_tools import Called, Use, new_call
 from router.edge.text import ModelText
 
 _encode = msgspec.json.encode
@@ -36,9 +37,14 @@ COMPLETION = Form(False, "cmpl-", "text_completion", "text_completion", b',"text
 CHAT = Form(
     True, "chatcmpl-", "chat.completion", "chat.completion.chunk", b',"delta":{"content":', b"}", b',"delta":{}'
 )
+#: Around a piece of the arguments that an answer consists of.
+_BEFORE_ARGUMENTS = b',"delta":{"tool_calls":[{"index":0,"function":{"arguments":'
+_AFTER_ARGUMENTS = b"}}]}"
 
 
-def finish_reason(end: End) -> str:
+def _reason(end: End, calls: Sequence[Called]) -> str:
+    if calls:
+        return "tool_calls"
     return FinishReason.STOP.value if end.stop_match else end.finished.reason.value
 
 
@@ -103,6 +109,9 @@ class Call:
     logprobs: bool
     include_usage: bool
     continuous_usage: bool
+    tools: Use
+    #: What each prompt's answers begin with: the prompt, where it is to be repeated.
+    echoes: Sequence[str]
 
     @property
     def model(self) -> str:
@@ -117,9 +126,32 @@ class Call:
             completion_tokens=sum(usage.completion_tokens for usage in usages),
         )
 
+    def echo(self, index: int) -> str:
+        return self.echoes[index // self.n] if self.echoes else ""
+
     def head(self, kind: str) -> bytes:
         """Every object's beginning, without the closing brace."""
         return _encode({"id": self.id, "object": kind, "created": self.created, "model": self.model})[:-1]
+
+
+def whole_choice(
+    call: Call, index: int, said: str, logprobs: Sequence[TokenLogprobs], end: End, text: ModelText
+) -> dict[str, object]:
+    """One choice of a call that is not streamed."""
+    reader = call.tools.reader()
+    shown = call.echo(index) + reader.feed(said)
+    rest, calls = reader.finish()
+    content: dict[str, object] = {"text": shown + rest}
+    reason = _reason(end, calls)
+    if call.form.chat:
+        if call.tools.named:
+            shown, calls = "", [new_call(call.tools.named, said)]
+        message: dict[str, object] = {"role": "assistant", "content": shown + rest, "refusal": None}
+        if calls:
+            message |= {"content": shown or None, "tool_calls": [called.as_said() for called in calls]}
+        content = {"message": message}
+    written = LogprobWriter(text, call.form).write(logprobs) if call.logprobs else None
+    return {"index": index, **content, "logprobs": written, "finish_reason": reason}
 
 
 class Choice:
@@ -128,41 +160,52 @@ class Choice:
     def __init__(self, call: Call, index: int, text: ModelText) -> None:
         form = call.form
         self._call = call
+        self._reader = call.tools.reader()
         self._before = b"data: " + call.head(form.chunk) + b',"choices":[{"index":%d' % index
-        self._before_text = self._before + form.before_text
+        named = call.tools.named
+        self._before_text = self._before + (_BEFORE_ARGUMENTS if named else form.before_text)
+        self._after_text = _AFTER_ARGUMENTS if named else form.after_text
         self._prompt_tokens = len(call.accepted[index].request.prompt)
         self._logprobs = LogprobWriter(text, form) if call.logprobs else None
         self._none = b',"logprobs":null,"finish_reason":null}]'
-        #: Of a choice's first chunk in a conversation: who speaks.
-        self._opening = self._chunk(b',"delta":{"role":"assistant","content":""}', 0) if form.chat else b""
+        #: Goes before the first chunk: in a conversation who speaks, and the function whose arguments follow.
+        self._opening = self._chunk(b',"delta":{"role":"assistant","content":""}') if form.chat else b""
+        if named:
+            self._opening += self._calls([new_call(named, "")])
+        if echo := call.echo(index):
+            self._opening += self._text(echo, self._none, 0)
 
     def part(self, part: Part) -> bytes:
         """Empty when there is nothing to say yet."""
-        if not part.text and not (self._logprobs and part.logprobs):
+        text = self._reader.feed(part.text)
+        if not text and not (self._logprobs and part.logprobs):
             return b""
         rest = self._none
         if self._logprobs is not None and part.logprobs:
             rest = b',"logprobs":' + _encode(self._logprobs.write(part.logprobs)) + b',"finish_reason":null}]'
-        chunk = b"".join(
-            (
-                self._take_opening(),
-                self._before_text,
-                _encode(part.text),
-                self._call.form.after_text,
-                rest,
-                self._usage(part.completion_tokens),
-                b"}\n\n",
-            )
-        )
-        return chunk
+        return self._take_opening() + self._text(text, rest, part.completion_tokens)
 
     def end(self, end: End) -> bytes:
-        rest = b',"logprobs":null,"finish_reason":"%s"}]' % finish_reason(end).encode()
-        usage = self._usage(end.finished.usage.completion_tokens)
-        return b"".join((self._take_opening(), self._before, self._call.form.last, rest, usage, b"}\n\n"))
+        completion_tokens = end.finished.usage.completion_tokens
+        text, calls = self._reader.finish()
+        before = self._take_opening()
+        if text:
+            before += self._text(text, self._none, completion_tokens)
+        if calls:
+            before += self._calls(calls)
+        rest = b',"logprobs":null,"finish_reason":"%s"}]' % _reason(end, calls).encode()
+        return b"".join((before, self._before, self._call.form.last, rest, self._usage(completion_tokens), b"}\n\n"))
 
-    def _chunk(self, middle: bytes, completion_tokens: int) -> bytes:
-        return b"".join((self._before, middle, self._none, self._usage(completion_tokens), b"}\n\n"))
+    def _text(self, text: str, rest: bytes, completion_tokens: int) -> bytes:
+        usage = self._usage(completion_tokens)
+        return b"".join((self._before_text, _encode(text), self._after_text, rest, usage, b"}\n\n"))
+
+    def _calls(self, calls: Sequence[Called]) -> bytes:
+        said = [{"index": at, **called.as_said()} for at, called in enumerate(calls)]
+        return self._chunk(b',"delta":{"tool_calls":' + _encode(said) + b"}")
+
+    def _chunk(self, middle: bytes) -> bytes:
+        return b"".join((self._before, middle, self._none, self._usage(0), b"}\n\n"))
 
     def _take_opening(self) -> bytes:
         opening, self._opening = self._opening, b""

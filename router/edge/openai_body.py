@@ -6,15 +6,17 @@ What is asked for and not supported is refused by name; what is unknown, or cann
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Annotated, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from router.core.errors import Invalid
+from router.core.request import Structure, StructureKind
 from router.edge.admit import Asked
 from router.edge.chat import Said
+from router.edge.openai_tools import Tool, ToolChoice
 
 Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -23,6 +25,28 @@ TokenId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 class StreamOptions(Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+class JsonSchema(Struct):
+    name: str | None = None
+    schema: dict[str, object] | None = None
+
+
+class ResponseFormat(Struct):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Struct):
+    """vLLM's; exactly one is set."""
+
+    json: str | dict[str, object] | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1, max_length=1000)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: object = None
+    whitespace_pattern: object = None
 
 
 class Body(Struct, kw_only=True):
@@ -43,12 +67,16 @@ class Body(Struct, kw_only=True):
     n: Int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class CompletionBody(Body, kw_only=True):
     prompt: str | list[str | TokenId | list[TokenId]]
     logprobs: Int | None = None
     add_special_tokens: bool = True
+    echo: bool | None = None
 
 
 class Content(Struct):
@@ -56,10 +84,22 @@ class Content(Struct):
     text: str | None = None
 
 
+class FunctionCalled(Struct):
+    name: str
+    arguments: str
+
+
+class ToolCalled(Struct):
+    function: FunctionCalled
+    id: str = ""
+
+
 class Message(Struct):
     role: str
     content: str | list[Content] | None = None
-    tool_calls: list[object] | None = None
+    tool_calls: list[ToolCalled] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
     function_call: object = None
     audio: object = None
 
@@ -70,6 +110,9 @@ class ChatBody(Body, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Int | None = None
     add_generation_prompt: bool = True
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeBody(Struct, kw_only=True):
@@ -98,22 +141,18 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
             "chat_template_kwargs",
             "continue_final_message",
             "documents",
-            "echo",
             "functions",
             "guided_choice",
             "guided_grammar",
             "guided_json",
             "guided_regex",
             "include_stop_str_in_output",
-            "logit_bias",
             "logits_processors",
             "prompt_embeds",
             "prompt_logprobs",
             "return_token_ids",
             "return_tokens_as_token_ids",
-            "structured_outputs",
             "suffix",
-            "tools",
             "truncate_prompt_tokens",
             "use_beam_search",
             "web_search_options",
@@ -123,12 +162,10 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "best_of": (None, 1),
     "function_call": (None, "none"),
     "modalities": (None, [], ["text"]),
-    "response_format": (None, {"type": "text"}),
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
-    "tool_choice": (None, "none", "auto"),
 }
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 B = TypeVar("B", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 #: " - at `$.messages[0].role`", and "missing required field `prompt`", as msgspec says them.
@@ -156,7 +193,7 @@ def parse(kind: type[B], data: bytes) -> B:
         raise Invalid(field or "body", _AT.sub("", text)) from None
 
 
-def asked(body: Body, *, max_tokens: int | None, logprobs: int | None) -> Asked:
+def asked(body: Body, *, max_tokens: int | None, logprobs: int | None, structure: Structure | None) -> Asked:
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return Asked(
         max_tokens=max_tokens,
@@ -173,7 +210,69 @@ def asked(body: Body, *, max_tokens: int | None, logprobs: int | None) -> Asked:
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
+        structure=structure,
+        logit_bias=tuple(_logit_bias(body.logit_bias or {})),
     )
+
+
+def _logit_bias(said: dict[str, float]) -> Iterator[tuple[int, float]]:
+    for name, bias in said.items():
+        if not name.isdecimal() or not name.isascii() or len(name) > 18:
+            raise Invalid(f"logit_bias[{name[:20]}]", "is not a token id")
+        yield int(name), bias
+
+
+class Formed(NamedTuple):
+    """What an answer must look like, and the name of the field that says so."""
+
+    field: str
+    structure: Structure
+
+
+def form(body: Body) -> Formed | None:
+    """Raises Invalid."""
+    wanted = [formed for formed in (_response_format(body.response_format), _structured(body)) if formed is not None]
+    if len(wanted) > 1:
+        raise Invalid("structured_outputs", "cannot be had together with response_format")
+    return wanted[0] if wanted else None
+
+
+def _response_format(said: ResponseFormat | None) -> Formed | None:
+    if said is None or said.type == "text":
+        return None
+    if said.type == "json_object":
+        return Formed("response_format", Structure(StructureKind.JSON_OBJECT))
+    if said.json_schema is None or said.json_schema.schema is None:
+        raise Invalid("response_format.json_schema.schema", "is missing")
+    return Formed("response_format", Structure(StructureKind.JSON_SCHEMA, _text(said.json_schema.schema)))
+
+
+def _structured(body: Body) -> Formed | None:
+    said = body.structured_outputs
+    if said is None:
+        return None
+    for name in ("structural_tag", "whitespace_pattern"):
+        if getattr(said, name) is not None:
+            raise Invalid(f"structured_outputs.{name}", "is not supported")
+    found: list[Structure] = []
+    if said.json is not None:
+        schema = said.json if isinstance(said.json, str) else _text(said.json)
+        found.append(Structure(StructureKind.JSON_SCHEMA, schema))
+    if said.regex is not None:
+        found.append(Structure(StructureKind.REGEX, said.regex))
+    if said.choice is not None:
+        found.append(Structure(StructureKind.GRAMMAR, "root ::= " + " | ".join(map(_text, said.choice))))
+    if said.grammar is not None:
+        found.append(Structure(StructureKind.GRAMMAR, said.grammar))
+    if said.json_object:
+        found.append(Structure(StructureKind.JSON_OBJECT))
+    if len(found) != 1:
+        raise Invalid("structured_outputs", "exactly one of json, regex, choice, grammar, json_object must be set")
+    return Formed("structured_outputs", found[0])
+
+
+def _text(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def prompts(prompt: str | list[str | int | list[int]]) -> list[tuple[str, str | tuple[int, ...]]]:
@@ -201,17 +300,35 @@ def said_in(messages: Sequence[Message]) -> list[Said]:
 def _one_said(field: str, message: Message) -> Said:
     if message.role not in _ROLES:
         raise Invalid(f"{field}.role", f"{message.role!r} is not supported; must be one of {', '.join(_ROLES)}")
-    for name in ("tool_calls", "function_call", "audio"):
+    for name in ("function_call", "audio"):
         if getattr(message, name):
             raise Invalid(f"{field}.{name}", "is not supported")
-    content = message.content
-    if content is None:
+    role = _ROLES[message.role]
+    if message.tool_calls and role != "assistant":
+        raise Invalid(f"{field}.tool_calls", "are an assistant's")
+    calls = [_one_called(f"{field}.tool_calls[{at}]", call) for at, call in enumerate(message.tool_calls or ())]
+    if message.content is None and not calls:
         raise Invalid(f"{field}.content", "is missing")
+    text = _content(f"{field}.content", message.content or "")
+    return Said(role, text, calls, (message.tool_call_id or "") if role == "tool" else "", message.name or "")
+
+
+def _content(field: str, content: str | list[Content]) -> str:
     if isinstance(content, str):
-        return Said(_ROLES[message.role], content)
+        return content
     for at, part in enumerate(content):
         if part.type != "text":
-            raise Invalid(f"{field}.content[{at}].type", f"{part.type!r} is not supported; must be 'text'")
+            raise Invalid(f"{field}[{at}].type", f"{part.type!r} is not supported; must be 'text'")
         if part.text is None:
-            raise Invalid(f"{field}.content[{at}].text", "is missing")
-    return Said(_ROLES[message.role], "\n".join(part.text or "" for part in content))
+            raise Invalid(f"{field}[{at}].text", "is missing")
+    return "\n".join(part.text or "" for part in content)
+
+
+def _one_called(field: str, call: ToolCalled) -> dict[str, object]:
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise Invalid(f"{field}.function.arguments", "must be a JSON object, as text")
+    return {"type": "function", "id": call.id, "function": {"name": call.function.name, "arguments": arguments}}

@@ -206,9 +206,15 @@ class Router:
 async def running(
     limits: CoreLimits | None = None, requests: RequestLimits | None = None, **changes: object
 ) -> AsyncIterator[Router]:
-    values = {"port": 0, "shutdown_grace_s": 0.0, "load_report_interval_s": 0.05, "join_key": JOIN_KEY, **changes}
+    values = {
+        "model_dir": str(MODEL_DIR),
+        "port": 0,
+        "shutdown_grace_s": 0.0,
+        "load_report_interval_s": 0.05,
+        "join_key": JOIN_KEY,
+        **changes,
+    }
     config = RouterConfig(
-        model_dir=str(MODEL_DIR),
         model_name=MODEL,
         limits=limits or CoreLimits(),
         requests=requests or RequestLimits(),

@@ -318,6 +318,198 @@ def _refused(template: ChatTemplate, messages: list[Said]) -> None:
         raise ValueError(error.message) from None
 
 
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+NAMED: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+CALLED: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+JSON = {"type": "json_object"}
+FEATURES = {"model": {"features": ["structure", "logit_bias"]}}
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
+
+
+class TestForms:
+    @pytest.mark.parametrize(
+        ("asked", "reaches"),
+        [
+            ({"response_format": {"type": "text"}}, None),
+            ({"response_format": {"type": "json_object"}}, ("json_object", True)),
+            (
+                {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+                ("json_schema", SCHEMA),
+            ),
+            ({"structured_outputs": {"json": SCHEMA}}, ("json_schema", SCHEMA)),
+            ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, ("json_schema", SCHEMA)),
+            ({"structured_outputs": {"regex": "[a-z]+"}}, ("regex", "[a-z]+")),
+            ({"structured_outputs": {"choice": ["a", 'b"\n']}}, ("grammar", 'root ::= "a" | "b\\"\\n"')),
+            ({"structured_outputs": {"grammar": "root ::= [a]"}}, ("grammar", "root ::= [a]")),
+            ({"structured_outputs": {"json_object": True}}, ("json_object", True)),
+        ],
+    )
+    @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+    async def test_reach_the_engine(
+        self, router: Router, path: str, asked: dict[str, Any], reaches: tuple[str, object] | None
+    ) -> None:
+        worker = await router.worker("b", answer=ANSWER, **FEATURES)
+        body = {**(chat() if path == CHAT else completion()), "temperature": 1, **asked, "logit_bias": {"5": -1.5}}
+        assert (await post(router, path, body)).status == 200
+        (order,) = await worker.wait_for("decode")
+        sampling = order.decode.sampling
+        assert dict(sampling.logit_bias) == {5: -1.5}
+        kind = sampling.structure.WhichOneof("kind")
+        if reaches is None:
+            assert kind is None
+            return
+        value = getattr(sampling.structure, kind)
+        assert (kind, json.loads(value) if kind == "json_schema" else value) == reaches
+        assert sampling.HasField("seed"), "else it could not be replayed"
+
+    async def test_n_answers_with_a_form_differ_in_their_seeds(self, router: Router) -> None:
+        worker = await router.worker("b", answer=ANSWER, **FEATURES)
+        await post(router, CHAT, chat(n=3, temperature=1, response_format={"type": "json_object"}))
+        orders = await worker.wait_for("decode", 3)
+        assert len({order.decode.sampling.seed for order in orders}) == 3
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        ("asked", "field"),
+        [
+            ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, "response_format"),
+            ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+            ({"tools": [TOOL], "tool_choice": NAMED}, "tool_choice"),
+        ],
+    )
+    async def test_that_the_engine_cannot_follow_are_refused_by_the_name_they_had(
+        self, router: Router, asked: dict[str, Any], field: str, stream: bool
+    ) -> None:
+        worker = await router.worker("b", **FEATURES)
+        async with connected(port(router)) as connection:
+            await connection.send("POST", CHAT, chat(**asked, stream=stream))
+            (order,) = await worker.wait_for("decode")
+            failed = {"leg_id": order.decode.leg_id, "failure": "FAILURE_INVALID", "detail": "/secret/path.py: no"}
+            await worker.send(leg_failed=failed)
+            response = await connection.response()
+        assert (response.status, response.error["param"]) == (400, field)
+        assert "secret" not in response.error["message"]
+
+    async def test_too_large_are_refused_with_the_limit(self) -> None:
+        async with running(http_port=0, requests=RequestLimits(structure_bytes_max=100, logit_bias_max=2)) as router:
+            await router.worker("b", **FEATURES)
+            response = await post(router, CHAT, chat(structured_outputs={"regex": "a" * 101}))
+            assert (response.status, response.error["param"]) == (400, "structured_outputs")
+            assert "100" in response.error["message"]
+            for bias, param in (({"1": 1, "2": 1, "3": 1}, "logit_bias"), ({"1": 101}, "logit_bias[1]")):
+                response = await post(router, CHAT, chat(logit_bias=bias))
+                assert (response.status, response.error["param"]) == (400, param)
+
+
+class TestEcho:
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("prompt", ["x = 1", ["x = 1", "y"], list(TEXT.encode("x = 1"))])
+    async def test_repeats_each_prompt_before_its_answers(self, router: Router, prompt: object, stream: bool) -> None:
+        await router.worker("b", answer=ANSWER)
+        response = await post(router, COMPLETIONS, completion(prompt=prompt, n=2, echo=True, stream=stream))
+        choices = [event["choices"][0] for event in response.events] if stream else response.json["choices"]
+        prompts = ["x = 1", "y"] if prompt == ["x = 1", "y"] else ["x = 1"]
+        for index in range(2 * len(prompts)):
+            said = "".join(choice["text"] for choice in choices if choice["index"] == index)
+            assert said == prompts[index // 2] + SAID
+
+
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    schema = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "description": f"does {name}", "parameters": schema}}
+
+
+class TestTools:
+    """What the engine does with a grammar is the engine's; here the answers that one would give."""
+
+    @pytest_asyncio.fixture
+    async def hermes(self, tmp_path: Path) -> AsyncIterator[Router]:
+        for file in ("tokenizer.json", "generation_config.json"):
+            (tmp_path / file).write_bytes((MODEL_DIR / file).read_bytes())
+        (tmp_path / "chat_template.jinja").write_text(
+            "{% for tool in tools or [] %}[{{ tool | tojson }}]{% endfor %}"
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+            "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+            "{% if m.tool_call_id %}#{{ m.tool_call_id }}{% endif %}{% endfor %}"
+        )
+        async with running(http_port=0, model_dir=str(tmp_path)) as router:
+            yield router
+
+    async def said(self, router: Router, text: str, **asked: Any) -> tuple[dict[str, Any], str, Worker]:
+        """The message and the reason, which are the same streamed and whole; and who answered."""
+        answer = TEXT.encode(text, special_tokens=False)
+        worker = await router.worker("b", answer=answer, **FEATURES)
+        body = chat(**{"max_tokens": len(answer), **asked})
+        whole = (await post(router, CHAT, body)).json["choices"][0]
+        message = whole["message"]
+        calls: list[dict[str, Any]] = []
+        content = ""
+        for event in (await post(router, CHAT, {**body, "stream": True})).events:
+            choice = event["choices"][0]
+            content += choice["delta"].get("content") or ""
+            for part in choice["delta"].get("tool_calls", ()):
+                if part["index"] == len(calls):
+                    calls.append({"id": part["id"], "type": part["type"], "function": {"arguments": "", "name": ""}})
+                for name, value in part["function"].items():
+                    calls[part["index"]]["function"][name] += value
+        assert choice["finish_reason"] == whole["finish_reason"]
+        assert content == (message["content"] or "")
+        assert [call["function"] for call in calls] == [call["function"] for call in message.get("tool_calls", [])]
+        assert all(call["id"].startswith("call_") for call in calls)
+        return message, whole["finish_reason"], worker
+
+    async def test_a_named_function_gets_its_arguments(self, router: Router) -> None:
+        arguments = '{"city": "Köln"}'
+        message, reason, worker = await self.said(router, arguments, tools=[tool("f", city={})], tool_choice=NAMED)
+        assert message["content"] is None
+        assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": arguments}
+        assert reason == "length"
+        order = (await worker.wait_for("decode"))[0]
+        assert json.loads(order.decode.sampling.structure.json_schema) == tool("f", city={})["function"]["parameters"]
+
+    async def test_of_several_the_model_calls_the_one_it_chooses(self, router: Router) -> None:
+        tools = [tool("f"), tool("g", x={"type": "integer"})]
+        message, reason, worker = await self.said(
+            router, '{"name": "g", "arguments": {"x": 3}}', tools=tools, tool_choice="required"
+        )
+        assert message["tool_calls"][0]["function"] == {"name": "g", "arguments": '{"x": 3}'}
+        assert (message["content"], reason) == (None, "tool_calls")
+        schema = json.loads((await worker.wait_for("decode"))[0].decode.sampling.structure.json_schema)
+        assert [form["properties"]["name"] for form in schema["anyOf"]] == [{"const": "f"}, {"const": "g"}]
+
+    async def test_a_call_that_was_cut_off_is_content(self, router: Router) -> None:
+        message, reason, _ = await self.said(router, '{"name": "f", "argu', tools=[tool("f")], tool_choice="required")
+        assert (message["content"], reason) == ('{"name": "f", "argu', "length")
+        assert "tool_calls" not in message
+
+    async def test_calls_that_are_up_to_the_model_are_read(self, hermes: Router) -> None:
+        first, second = '{"name": "f", "arguments": {"x": "<tool"}}', '{"name": "g"}'
+        text = f"I look. <tool_call>\n{first}\n</tool_call>\n<tool_call>{second}</tool_call>"
+        message, reason, worker = await self.said(hermes, text, tools=[tool("f"), tool("g")])
+        assert (message["content"], reason) == ("I look. ", "tool_calls")
+        functions = [call["function"] for call in message["tool_calls"]]
+        assert functions == [{"name": "f", "arguments": '{"x": "<tool"}'}, {"name": "g", "arguments": "{}"}]
+        prompt = TEXT.decode(tuple((await worker.wait_for("decode"))[0].decode.token_ids))
+        assert '"description": "does f"' in prompt
+        assert not (await worker.wait_for("decode"))[0].decode.sampling.HasField("structure")
+
+    @pytest.mark.parametrize("text", ["1 <tool", "x <tool_call>{not json}</tool_call> y", "a <tool_call>", "plain"])
+    async def test_what_is_no_call_is_content(self, hermes: Router, text: str) -> None:
+        message, reason, _ = await self.said(hermes, text, tools=[tool("f")], tool_choice="auto")
+        assert (message["content"], reason) == (text, "length")
+
+    async def test_calls_and_their_results_go_into_the_prompt(self, hermes: Router) -> None:
+        messages = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+            {"role": "tool", "content": "42", "tool_call_id": "c1"},
+        ]
+        _, _, worker = await self.said(hermes, "ok", messages=messages, tools=[tool("f")], tool_choice="none")
+        prompt = TEXT.decode(tuple((await worker.wait_for("decode"))[0].decode.token_ids))
+        call = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+        assert prompt == f"<user>?<assistant>{call}<tool>42#c1"
+
+
 class TestOtherPaths:
     async def test_models_health_and_version(self, router: Router) -> None:
         async def get(path: str) -> Response:
@@ -413,7 +605,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, completion(stop_token_ids=[VOCAB]), "stop_token_ids[0]", str(VOCAB)),
     (COMPLETIONS, completion(stream="yes"), "stream", "bool"),
     (COMPLETIONS, completion(stream_options={"include_usage": 3}), "stream_options.include_usage", "bool"),
-    (COMPLETIONS, completion(echo=True), "echo", "not supported"),
+    (COMPLETIONS, completion(echo=True, logprobs=1), "echo", "not supported"),
     (COMPLETIONS, completion(suffix="x"), "suffix", "not supported"),
     (COMPLETIONS, completion(best_of=2), "best_of", "not supported"),
     (COMPLETIONS, completion(logit_bias={"5": 1}), "logit_bias", "not supported"),
@@ -424,8 +616,16 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, chat(messages=[{"content": "x"}]), "messages[0].role", "missing"),
     (CHAT, chat(messages=[{"role": "user"}]), "messages[0].content", "missing"),
     (CHAT, chat(messages=[{"role": "king", "content": "x"}]), "messages[0].role", "king"),
-    (CHAT, chat(messages=[{"role": "tool", "content": "x"}]), "messages[0].role", "tool"),
-    (CHAT, chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{}]}]), "messages[0].tool_calls", "not"),
+    (CHAT, chat(messages=[{"role": "tool", "content": "x"}]), "messages[0]", "template"),
+    (CHAT, chat(messages=[{"role": "assistant", "tool_calls": [CALLED]}]), "messages[0]", "template"),
+    (CHAT, chat(messages=[{"role": "assistant", "tool_calls": [{}]}]), "messages[0].tool_calls[0].function", "missing"),
+    (CHAT, chat(messages=[{"role": "user", "tool_calls": [CALLED]}]), "messages[0].tool_calls", "assistant"),
+    (
+        CHAT,
+        chat(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]),
+        "messages[0].tool_calls[0].function.arguments",
+        "JSON object",
+    ),
     (
         CHAT,
         chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
@@ -434,9 +634,27 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages[0].content[0].text", "missing"),
     (CHAT, chat(messages=[{"role": "user", "content": "the cat " * CONTEXT}]), "messages", str(CONTEXT)),
-    (CHAT, chat(tools=[{"type": "function"}]), "tools", "not supported"),
-    (CHAT, chat(tool_choice="required"), "tool_choice", "not supported"),
-    (CHAT, chat(response_format={"type": "json_object"}), "response_format", "not supported"),
+    (CHAT, chat(tools=[{"type": "function"}]), "tools[0].function", "missing"),
+    (CHAT, chat(tools=[{"type": "retrieval"}]), "tools[0].type", "retrieval"),
+    (CHAT, chat(tools=[TOOL]), "tool_choice", "'auto' is not supported with this model"),
+    (CHAT, chat(tools=[TOOL, TOOL], tool_choice="required"), "tools", "same name"),
+    (CHAT, chat(tools=[TOOL], tool_choice=NAMED, response_format=JSON), "tool_choice", "together"),
+    (CHAT, chat(tools=[TOOL], tool_choice={**NAMED, "function": {"name": "g"}}), "tool_choice.function.name", "'g'"),
+    (CHAT, chat(tools=[TOOL], tool_choice="sometimes"), "tool_choice", "sometimes"),
+    (CHAT, chat(tools=[TOOL], tool_choice=NAMED), "tool_choice", "not supported by this model's engine"),
+    (CHAT, chat(tool_choice="required"), "tool_choice", "needs tools"),
+    (CHAT, chat(response_format=JSON), "response_format", "not supported by this model's engine"),
+    (CHAT, chat(response_format={"type": "xml"}), "response_format.type", "xml"),
+    (CHAT, chat(response_format={"type": "json_schema"}), "response_format.json_schema.schema", "missing"),
+    (CHAT, chat(structured_outputs={"regex": "a"}), "structured_outputs", "not supported by this model's engine"),
+    (CHAT, chat(structured_outputs={}), "structured_outputs", "exactly one"),
+    (CHAT, chat(structured_outputs={"regex": "a", "json": {}}), "structured_outputs", "exactly one"),
+    (CHAT, chat(structured_outputs={"choice": []}), "structured_outputs.choice", "1"),
+    (CHAT, chat(structured_outputs={"structural_tag": "x"}), "structured_outputs.structural_tag", "not supported"),
+    (CHAT, chat(structured_outputs={"regex": "a"}, response_format=JSON), "structured_outputs", "together"),
+    (COMPLETIONS, completion(guided_json={}, guided_regex="a"), "guided_regex", "not supported"),
+    (COMPLETIONS, completion(logit_bias={"x": 1}), "logit_bias[x]", "token id"),
+    (COMPLETIONS, completion(logit_bias={"5": "x"}), "logit_bias[...]", "float"),
     (CHAT, chat(audio={"voice": "x"}), "audio", "not supported"),
     (CHAT, chat(modalities=["audio"]), "modalities", "not supported"),
     (CHAT, chat(logprobs=3), "logprobs", "bool"),
