@@ -198,14 +198,16 @@ class Placement(_message.Message):
     def __init__(self, why: _Optional[str] = ..., decode_worker: _Optional[str] = ..., chosen: _Optional[_Union[Figures, _Mapping]] = ..., runner_up: _Optional[_Union[Figures, _Mapping]] = ..., local_prefill: _Optional[bool] = ...) -> None: ...
 
 class Figures(_message.Message):
-    __slots__ = ("worker_id", "cached_tokens", "ttft_s")
+    __slots__ = ("worker_id", "cached_tokens", "tokens", "ttft_s")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     cached_tokens: int
+    tokens: int
     ttft_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ...) -> None: ...
 
 class Handoff(_message.Message):
     __slots__ = ("prefill_worker", "decode_worker", "transport", "bytes", "transfer_s")

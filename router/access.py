@@ -16,6 +16,7 @@ from router.core.tenant import Tenant, TenantBook
 from router.edge.identity import Anyone, Authenticator, Operator, Verifier
 from router.edge.jwt import JwtVerifier
 from router.edge.keys import KeyStore, KeyVerifier, read_pepper, read_store
+from router.tenant_admin import KeyFiles, TenantAdmin
 from router.tenants import FileWatch, read_book
 
 _log = logging.getLogger(__name__)
@@ -32,17 +33,23 @@ class Access:
     cache_secret: bytes
     #: Called when the book changed.
     on_book: Callable[[TenantBook], None]
-    _watches: tuple[FileWatch[TenantBook] | FileWatch[KeyStore], ...] = ()
+    _tenants: FileWatch[TenantBook] | None = None
+    _keys: KeyFiles | None = None
 
     @property
     def book(self) -> TenantBook:
         return self.authenticator.book
 
+    def admin(self) -> TenantAdmin:
+        return TenantAdmin(lambda: self.book, self._tenants, self._keys)
+
     async def watch(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for watch in self._watches:
-                tasks.create_task(watch.run())
+            if self._tenants is not None:
+                tasks.create_task(self._tenants.run())
+            if self._keys is not None:
+                tasks.create_task(self._keys.watch.run())
 
 
 def open_access(config: RouterConfig) -> Access:
@@ -58,7 +65,6 @@ def _open_access(config: RouterConfig) -> Access:
     verifiers: list[Verifier] = [Operator(config.operator_key_hash)] if config.operator_key_hash else []
     book = TenantBook.open()
     access = Access(Authenticator(verifiers, book), secrets.token_bytes(32), lambda book: None)
-    watches: list[FileWatch[TenantBook] | FileWatch[KeyStore]] = []
     if auth.mode != "none" and auth.keys_file:
         pepper = read_pepper(auth.pepper_path)
         # The same for every router of these keys, so that what is cached for one is cached for all.
@@ -71,7 +77,7 @@ def _open_access(config: RouterConfig) -> Access:
 
         key_watch = FileWatch(Path(auth.keys_file), read_store, put_keys)
         put_keys(key_watch.load())
-        watches.append(key_watch)
+        access._keys = KeyFiles(key_watch, auth.pepper_path)
     if auth.mode == "jwt":
         verifiers.append(JwtVerifier(auth.jwt))
     if auth.mode == "none":
@@ -90,8 +96,7 @@ def _open_access(config: RouterConfig) -> Access:
 
         book_watch = FileWatch(Path(config.tenants_file), read, put_book)
         access.authenticator.book = book_watch.load()
-        watches.append(book_watch)
-    access._watches = tuple(watches)
+        access._tenants = book_watch
     return access
 
 

@@ -112,7 +112,11 @@ async def serve(
     generator = Generator(shell, texts, config.requests, access.authenticator)
     edge = NativeEdge(generator)
     operators = ControlEdge(
-        shell, access.authenticator, router_id=config.router_id, uptime_s=lambda: time.monotonic() - began
+        shell,
+        access.authenticator,
+        access.admin(),
+        router_id=config.router_id,
+        uptime_s=lambda: time.monotonic() - began,
     )
     health = health_aio.HealthServicer()
 

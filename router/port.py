@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from router.core.effects import ClientEvent, Failed, Finished, Tokens
 from router.core.request import GenerationRequest, TokenLogprobs
 from router.core.snapshot import Snapshot
+from router.core.story import Story
 from router.core.worker import ModelFacts, Role
 
 
@@ -109,6 +110,10 @@ class CorePort(Protocol):
 
 class AdminPort(Protocol):
     """What an edge for operators may ask. Raise NotFound for a worker that is not linked."""
+
+    def explain(self, request_id: str, tenant: str | None) -> tuple[Story, float] | None:
+        """A request's story, and when it came in seconds since 1970. Given a tenant, only of that tenant's."""
+        ...
 
     def snapshot(self, *, requests: bool) -> Snapshot: ...
 

@@ -20,6 +20,7 @@ from router.core.errors import AlreadyExists, NotFound
 from router.core.request import GenerationRequest
 from router.core.snapshot import Snapshot, snapshot
 from router.core.stats import Stats
+from router.core.story import Story
 from router.core.usage import UsageFacts
 from router.core.worker import ModelFacts, Role, WorkerFacts
 from router.port import ModelView, RequestStream
@@ -160,6 +161,10 @@ class Shell:
 
     def models(self) -> list[ModelView]:
         return [ModelView(name, self._facts.get(name), self._core.serves(name)) for name in self._core.state.pools]
+
+    def explain(self, request_id: str, tenant: str | None) -> tuple[Story, float] | None:
+        story = self._core.explain(request_id, tenant)
+        return None if story is None else (story, time.time() - self.now() + story.arrival)
 
     def snapshot(self, *, requests: bool = False) -> Snapshot:
         return snapshot(self.now(), self._core.state, self._core.stats.outcomes, requests=requests)

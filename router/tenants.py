@@ -150,31 +150,38 @@ class FileWatch(typing.Generic[Content]):
     ) -> None:
         """`read` runs in a thread and raises OSError or ValueError for what it refuses; `on_change` is called on the
         loop."""
-        self._path = path
+        self.path = path
         self._read = read
         self._on_change = on_change
         self._poll_s = poll_s
+        #: Two looks at once could put the older content in force.
+        self._one = asyncio.Lock()
         self._seen = _signature(path)
 
     def load(self) -> Content:
         """The first time, when there is nothing to stay in force: raises what `read` raises."""
-        self._seen = _signature(self._path)
-        return self._read(self._path)
+        self._seen = _signature(self.path)
+        return self._read(self.path)
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             await asyncio.sleep(self._poll_s)
-            signature = await asyncio.to_thread(_signature, self._path)
+            await self.look()
+
+    async def look(self) -> None:
+        """Once, now. When it returns, what the file held when it was called is in force, or was refused."""
+        async with self._one:
+            signature = await asyncio.to_thread(_signature, self.path)
             if signature == self._seen:
-                continue
+                return
             self._seen = signature
             try:
-                content = await asyncio.to_thread(self._read, self._path)
+                content = await asyncio.to_thread(self._read, self.path)
             except (OSError, ValueError) as error:
-                _log.error("%s: refused, what was read before stays in force: %s", self._path, error)
-                continue
-            _log.info("%s: read again", self._path)
+                _log.error("%s: refused, what was read before stays in force: %s", self.path, error)
+                return
+            _log.info("%s: read again", self.path)
             self._on_change(content)
 
 

@@ -248,6 +248,19 @@ def status(
 
 
 @app.command()
+def why(
+    request_id: str, address: AddressOption = "", state_dir: StateDirOption = None, json_: JsonOption = False
+) -> None:
+    """Tells why a request was served as it was: admitted when, waited for what, placed where, charged what. Tenants ask
+    about their own, with their key; operators about all."""
+    from tandem import show
+
+    with _errors_in_one_line(as_json=json_), _operator(address, state_dir) as client:
+        told = client.explain(request_id)
+        print(_json(told) if json_ else show.request_story(told))
+
+
+@app.command()
 def drain(worker: str, address: AddressOption = "", state_dir: StateDirOption = None) -> None:
     """Lets a worker finish what it has, take no more, and leave."""
     with _errors_in_one_line(), _operator(address, state_dir) as client:
@@ -287,80 +300,135 @@ FieldsArgument = Annotated[
 TenantsFileOption = Annotated[
     Path | None, typer.Option("--file", help="The tenants' file; by default router.tenants_file.")
 ]
+RouterOption = Annotated[
+    str,
+    typer.Option(
+        "--address", help="Have this router do it, to its own files, in force at once; needs a key with scope admin."
+    ),
+]
 KeysFileOption = Annotated[Path | None, typer.Option("--file", help="The key file; by default router.auth.keys_file.")]
 
 
 @tenant_app.command("add")
 def tenant_add(
-    name: str, fields: FieldsArgument = None, file: TenantsFileOption = None, config: ConfigOption = None
+    name: str,
+    fields: FieldsArgument = None,
+    file: TenantsFileOption = None,
+    config: ConfigOption = None,
+    address: RouterOption = "",
 ) -> None:
     """Adds a tenant. Routers that run read the file again by themselves."""
+    from router import tenants_edit
     from tandem import tenancy
 
     with _errors_in_one_line(), tenancy.refusals():
-        tenancy.add(_tenants_file(file, config), name, tenancy.values(fields or ()))
+        if address:
+            with _operator(address, None) as client:
+                client.add_tenant(name, tenants_edit.assigned(fields or ()))
+        else:
+            tenants_edit.add(_tenants_file(file, config), name, tenants_edit.values(fields or ()))
     print(f"{name} is a tenant; `tandem key create {name}` makes a key for it")
 
 
 @tenant_app.command("set")
 def tenant_set(
-    name: str, fields: FieldsArgument = None, file: TenantsFileOption = None, config: ConfigOption = None
+    name: str,
+    fields: FieldsArgument = None,
+    file: TenantsFileOption = None,
+    config: ConfigOption = None,
+    address: RouterOption = "",
 ) -> None:
     """Changes a tenant; what is running goes on."""
+    from router import tenants_edit
     from tandem import tenancy
 
     with _errors_in_one_line(), tenancy.refusals():
-        tenancy.change(_tenants_file(file, config), name, tenancy.values(fields or ()))
+        if address:
+            with _operator(address, None) as client:
+                client.set_tenant(name, tenants_edit.assigned(fields or ()))
+        else:
+            tenants_edit.change(_tenants_file(file, config), name, tenants_edit.values(fields or ()))
     print(f"{name} is changed")
 
 
 @tenant_app.command("remove")
-def tenant_remove(name: str, file: TenantsFileOption = None, config: ConfigOption = None) -> None:
+def tenant_remove(
+    name: str, file: TenantsFileOption = None, config: ConfigOption = None, address: RouterOption = ""
+) -> None:
     """Removes a tenant. What it has begun goes on; what it asks next is refused, or [unknown]'s if the file has one."""
+    from router import tenants_edit
     from tandem import tenancy
 
     with _errors_in_one_line(), tenancy.refusals():
-        tenancy.remove(_tenants_file(file, config), name)
+        if address:
+            with _operator(address, None) as client:
+                client.remove_tenant(name)
+        else:
+            tenants_edit.remove(_tenants_file(file, config), name)
     print(f"{name} is removed; its keys are still there, see `tandem key list --tenant {name}`")
 
 
 @tenant_app.command("show")
 def tenant_show(
-    name: str, file: TenantsFileOption = None, config: ConfigOption = None, json_: JsonOption = False
+    name: str,
+    file: TenantsFileOption = None,
+    config: ConfigOption = None,
+    address: RouterOption = "",
+    json_: JsonOption = False,
 ) -> None:
     """Shows all that is in force for a tenant."""
-    from tandem import tenancy
-    from tandem.settings import to_toml
-
-    with _errors_in_one_line(), tenancy.refusals():
-        tenant = tenancy.read(_tenants_file(file, config)).tenants.get(name)
-        if tenant is None:
+    found = [tenant for tenant in _tenants(file, config, address) if tenant["id"] == name]
+    with _errors_in_one_line():
+        if not found:
             raise _BadInput(f"there is no tenant {name!r}")
-        facts = tenancy.facts(tenant)
-        if json_:
-            print(_json(facts))
-            return
-        for field, value in facts.items():
-            print(f"{field:<24} {'-' if value is None else to_toml(value)}")
+        _show_tenant(found[0], json_)
 
 
 @tenant_app.command("list")
-def tenant_list(file: TenantsFileOption = None, config: ConfigOption = None, json_: JsonOption = False) -> None:
+def tenant_list(
+    file: TenantsFileOption = None, config: ConfigOption = None, address: RouterOption = "", json_: JsonOption = False
+) -> None:
     """Shows all tenants."""
+    found = _tenants(file, config, address)
+    if json_:
+        print(_json(found))
+        return
+    _table(
+        ("tenant", "weight", "lanes", "guaranteed"),
+        [(it["id"], f"{it['weight']:g}", " ".join(it["lanes"]), f"{it['guaranteed_tokens_per_s']:g}") for it in found],
+    )
+
+
+def _tenants(file: Path | None, config: Path | None, address: str) -> list[dict[str, Any]]:
+    """Every tenant's fields, of the file or as a router has them in force."""
+    import tomllib
+
+    from router import tenants_edit
     from tandem import tenancy
 
     with _errors_in_one_line(), tenancy.refusals():
-        found = [tenancy.facts(tenant) for tenant in tenancy.read(_tenants_file(file, config)).tenants.values()]
-        if json_:
-            print(_json(found))
-            return
-        _table(
-            ("tenant", "weight", "lanes", "guaranteed"),
-            [
-                (it["id"], f"{it['weight']:g}", " ".join(it["lanes"]), f"{it['guaranteed_tokens_per_s']:g}")
-                for it in found
-            ],
-        )
+        if not address:
+            return [
+                tenants_edit.facts(tenant) for tenant in tenants_edit.read(_tenants_file(file, config)).tenants.values()
+            ]
+        nothing = tenants_edit.facts(tenants_edit.NOBODY)
+        with _operator(address, None) as client:
+            return [
+                nothing
+                | {"id": tenant.name}
+                | {name: tomllib.loads(f"value = {value}")["value"] for name, value in tenant.fields.items()}
+                for tenant in client.tenants()
+            ]
+
+
+def _show_tenant(facts: dict[str, Any], as_json: bool) -> None:
+    from router.toml import to_toml
+
+    if as_json:
+        print(_json(facts))
+        return
+    for field, value in facts.items():
+        print(f"{field:<24} {'-' if value is None else to_toml(value)}")
 
 
 @key_app.command("create")
@@ -372,45 +440,74 @@ def key_create(
     env: Annotated[str, typer.Option(help="A word in the key that tells people where it belongs.")] = "live",
     file: KeysFileOption = None,
     config: ConfigOption = None,
+    address: RouterOption = "",
     json_: JsonOption = False,
 ) -> None:
     """Makes a key for a tenant and shows it, once: only a hash of it is kept. A tenant has two at most, so that one can
     take over from the other."""
+    from tandem import tenancy
+
+    with _errors_in_one_line(), tenancy.refusals():
+        if address:
+            with _operator(address, None) as client:
+                made, key = client.create_key(
+                    tenant,
+                    scopes=scope or (),
+                    lane_max=lane_max,
+                    expires_in_s=None if days is None else days * 86_400,
+                    env=env,
+                )
+                facts = asdict(made)
+        else:
+            facts, key = _create_key_here(tenant, scope or ["inference"], lane_max, days, env, _key_files(file, config))
+    if json_:
+        print(_json({**facts, "key": key}))
+        return
+    print(key)
+    print(f"key {facts['id']} of {tenant}; it is not shown again", file=sys.stderr)
+
+
+def _create_key_here(
+    tenant: str, scopes: list[str], lane_max: str, days: float | None, env: str, files: tenancy.KeyFiles
+) -> tuple[dict[str, Any], str]:
     from router.core.request import Lane
     from router.edge import keys
     from router.edge.identity import Scope
     from tandem import tenancy
 
-    with _errors_in_one_line(), tenancy.refusals():
-        scopes = frozenset(_one_of(Scope, "--scope", word) for word in scope or ("inference",))
-        highest = _one_of(Lane, "--lane-max", lane_max)
-        files = _key_files(file, config)
-        now = time.time()
-        with keys.editing(files.store, files.pepper) as editor:
-            expires = None if days is None else now + days * 86_400
-            store, stored, key = editor.store.create(
-                editor.pepper, tenant, now, env=env, scopes=scopes, lane_max=highest, expires=expires
-            )
-            editor.save(store)
-    if json_:
-        print(_json({**tenancy.key_facts(stored, now), "key": key}))
-        return
-    print(key)
-    print(f"key {stored.id} of {tenant}; it is not shown again", file=sys.stderr)
+    now = time.time()
+    with keys.editing(files.store, files.pepper) as editor:
+        store, stored, key = editor.store.create(
+            editor.pepper,
+            tenant,
+            now,
+            env=env,
+            scopes=frozenset(_one_of(Scope, "--scope", word) for word in scopes),
+            lane_max=_one_of(Lane, "--lane-max", lane_max),
+            expires=None if days is None else now + days * 86_400,
+        )
+        editor.save(store)
+    return tenancy.key_facts(stored, now), key
 
 
 @key_app.command("revoke")
-def key_revoke(key_id: str, file: KeysFileOption = None, config: ConfigOption = None) -> None:
+def key_revoke(
+    key_id: str, file: KeysFileOption = None, config: ConfigOption = None, address: RouterOption = ""
+) -> None:
     """Ends a key. Routers that run notice within a second or two."""
     from router.edge import keys
     from tandem import tenancy
 
     with _errors_in_one_line(), tenancy.refusals():
-        files = _key_files(file, config)
-        if not files.store.exists():
-            raise _BadInput(f"there is no key file {files.store}")
-        with keys.editing(files.store, files.pepper) as editor:
-            editor.save(editor.store.revoke(key_id, time.time()))
+        if address:
+            with _operator(address, None) as client:
+                client.revoke_key(key_id)
+        else:
+            files = _key_files(file, config)
+            if not files.store.exists():
+                raise _BadInput(f"there is no key file {files.store}")
+            with keys.editing(files.store, files.pepper) as editor:
+                editor.save(editor.store.revoke(key_id, time.time()))
     print(f"{key_id} is revoked")
 
 
@@ -419,6 +516,7 @@ def key_list(
     tenant: Annotated[str, typer.Option(help="Only its keys.")] = "",
     file: KeysFileOption = None,
     config: ConfigOption = None,
+    address: RouterOption = "",
     json_: JsonOption = False,
 ) -> None:
     """Shows all keys, without what is secret."""
@@ -428,9 +526,13 @@ def key_list(
     from tandem import tenancy
 
     with _errors_in_one_line(), tenancy.refusals():
-        now = time.time()
-        stored = keys.read_store(_key_files(file, config).store).keys
-        found = [tenancy.key_facts(key, now) for key in stored if not tenant or key.tenant == tenant]
+        if address:
+            with _operator(address, None) as client:
+                found = [asdict(key) for key in client.keys(tenant)]
+        else:
+            now = time.time()
+            stored = keys.read_store(_key_files(file, config).store).keys
+            found = [tenancy.key_facts(key, now) for key in stored if not tenant or key.tenant == tenant]
     if json_:
         print(_json(found))
         return
@@ -524,9 +626,9 @@ def _json(value: Any) -> str:
 @contextmanager
 def _errors_in_one_line(*, as_json: bool = False) -> Iterator[None]:
     """Ends the command with an exit code of its own where something went wrong that is nobody's bug."""
+    from router.tenants_edit import Refused
     from tandem.local import PortRefused
     from tandem.settings import ConfigError
-    from tandem.tenancy import Refused
 
     try:
         yield

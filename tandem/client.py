@@ -19,9 +19,9 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias, Unpack
+from typing import Protocol, Self, TypeAlias, TypeVar, Unpack
 
 import grpc
 
@@ -29,7 +29,22 @@ from protos import control_pb2_grpc, inference_pb2_grpc
 from tandem import wire
 from tandem.errors import Cancelled, InternalError, TandemError, error_from_rpc
 from tandem.retry import RETRIES, wait_before_retry
-from tandem.values import ClusterStatus, Delta, Finished, Model, Result, Role, SamplingOptions, TokenLogprobs
+from tandem.values import (
+    ClusterStatus,
+    Delta,
+    Finished,
+    KeyFacts,
+    Model,
+    RequestStory,
+    Result,
+    Role,
+    SamplingOptions,
+    TenantFields,
+    TokenLogprobs,
+)
+
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 API_KEY_VARIABLE = "TANDEM_API_KEY"
@@ -277,6 +292,11 @@ class Client:
             raise error_from_rpc(error) from None
         return wire.cluster_status(response)
 
+    def explain(self, request_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> RequestStory:
+        """Why a request of this client's tenant, or as an operator any, was served as it was: open, or ended not long
+        ago."""
+        return wire.request_story(self._ask(self._control.Explain, wire.explain_request(request_id), timeout_s))
+
     def drain(self, worker_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         """Asks a worker to finish what it has and take no more. Returns when the order is given."""
         try:
@@ -289,6 +309,52 @@ class Client:
             self._control.SetWorkerRole(
                 wire.set_worker_role_request(worker_id, role), timeout=timeout_s, metadata=self._metadata
             )
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+
+    # Tenants and keys, for operators: changes to the router's own files, in force when the call returns.
+
+    def tenants(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> tuple[TenantFields, ...]:
+        found = self._ask(self._control.ListTenants, wire.list_tenants_request(), timeout_s)
+        return tuple(wire.tenant_fields(tenant) for tenant in found.tenants)
+
+    def add_tenant(self, name: str, fields: Mapping[str, str], timeout_s: float = _CONTROL_TIMEOUT_S) -> TenantFields:
+        """`fields`: values as TOML, plain words and words with commas, as `tandem tenant add` takes them."""
+        return wire.tenant_fields(self._ask(self._control.AddTenant, wire.add_tenant_request(name, fields), timeout_s))
+
+    def set_tenant(self, name: str, fields: Mapping[str, str], timeout_s: float = _CONTROL_TIMEOUT_S) -> TenantFields:
+        """As `add_tenant`; an empty value is the default."""
+        return wire.tenant_fields(self._ask(self._control.SetTenant, wire.set_tenant_request(name, fields), timeout_s))
+
+    def remove_tenant(self, name: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
+        self._ask(self._control.RemoveTenant, wire.remove_tenant_request(name), timeout_s)
+
+    def keys(self, tenant: str = "", timeout_s: float = _CONTROL_TIMEOUT_S) -> tuple[KeyFacts, ...]:
+        """Of a tenant, or all."""
+        found = self._ask(self._control.ListKeys, wire.list_keys_request(tenant), timeout_s)
+        return tuple(wire.key_facts(key) for key in found.keys)
+
+    def create_key(
+        self,
+        tenant: str,
+        *,
+        scopes: Sequence[str] = (),
+        lane_max: str = "",
+        expires_in_s: float | None = None,
+        env: str = "",
+        timeout_s: float = _CONTROL_TIMEOUT_S,
+    ) -> tuple[KeyFacts, str]:
+        """The key, and what its user has to know: that is not shown again."""
+        request = wire.create_key_request(tenant, scopes, lane_max, expires_in_s, env)
+        made = self._ask(self._control.CreateKey, request, timeout_s)
+        return wire.key_facts(made.key), made.secret
+
+    def revoke_key(self, key_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
+        self._ask(self._control.RevokeKey, wire.revoke_key_request(key_id), timeout_s)
+
+    def _ask(self, method: grpc.UnaryUnaryMultiCallable[Q, A], request: Q, timeout_s: float) -> A:
+        try:
+            return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
 
@@ -356,6 +422,16 @@ class AsyncClient:
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
         return wire.cluster_status(response)
+
+    async def explain(self, request_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> RequestStory:
+        """As `Client.explain`."""
+        try:
+            response = await self._control.Explain(
+                wire.explain_request(request_id), timeout=timeout_s, metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+        return wire.request_story(response)
 
     async def drain(self, worker_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         """As `Client.drain`."""

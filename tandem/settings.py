@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
 import tomllib
 import types
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from router.toml import to_toml as to_toml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -300,25 +301,3 @@ def _parse_path(raw: Any, name: str) -> Path:
 
 
 _SCALARS = {bool: _parse_bool, int: _parse_int, float: _parse_float, str: _parse_text, Path: _parse_path}
-
-
-# --- back to text -------------------------------------------------------------------------------------------------
-
-
-def to_toml(value: Any) -> str:
-    """One value as TOML would write it."""
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case Enum():
-            return to_toml(value.value)
-        case int() | float():
-            return repr(value)
-        case str() | Path():
-            return json.dumps(str(value), ensure_ascii=False)
-        case Mapping():
-            return (
-                "{ " + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
-            )
-        case _:
-            return "[" + ", ".join(to_toml(item) for item in value) + "]"

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tandem.values import ClusterStatus, Finished, RequestStatus, WorkerStatus
+from tandem.values import (
+    Charge,
+    ClusterStatus,
+    Figures,
+    Finished,
+    RequestStatus,
+    RequestStory,
+    Waited,
+    WorkerStatus,
+)
 
 _WIDE = 110
 _REQUESTS_SHOWN = 20
@@ -61,6 +72,67 @@ def story(finished: Finished) -> str:
     rows.append(("total", duration(timings.total_s), f"first token after {duration(timings.ttft_s)}, {ended}"))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{what:<{widths[0]}}  {who:<{widths[1]}}  {how}" for what, who, how in rows)
+
+
+def request_story(told: RequestStory) -> str:
+    """Why a request was served as it was, one line per question."""
+    when = datetime.fromtimestamp(told.arrived_at).astimezone().isoformat(" ", "milliseconds")
+    rows = [("request", f"{told.request_id} of {told.tenant}, lane {told.lane}, {told.state}"), ("arrived", when)]
+    if told.error:
+        again = f"; try again in {duration(told.retry_after_s)}" if told.retry_after_s is not None else ""
+        rows.append(("because", f"{told.error} ({told.reason}){again}"))
+    rows.append(("waited", _waited(told.waited)))
+    if (placed := told.placement) is not None:
+        where = placed.chosen.worker_id + ("" if placed.local_prefill else f", then {placed.decode_worker}")
+        rows.append(("placed", f"at {where}: {placed.why}"))
+        rows.append(("predicted", _predicted(placed.chosen)))
+        if placed.runner_up is not None:
+            rows.append(("next best", _predicted(placed.runner_up)))
+    if (moved := told.handoff) is not None:
+        how = f"{size(moved.nbytes)} by {moved.transport} in {duration(moved.transfer_s)}"
+        rows.append(("hand-off", f"{moved.prefill_worker} → {moved.decode_worker}: {how}"))
+    if told.ttft_s is not None:
+        rows.append(("first token", f"after {duration(told.ttft_s)}"))
+    if told.preemptions or told.retries:
+        rows.append(("again", f"gave way {told.preemptions} times, {plural(told.retries, 'leg')} failed"))
+    rows.append(("charged", _charged(told.charge)))
+    rows += [("" if at else "story", f"{duration(when):>8}  {what}") for at, (when, what) in enumerate(told.lines)]
+    return "\n".join(f"{what:<12} {text}" for what, text in rows)
+
+
+def _waited(waited: Waited) -> str:
+    parts = []
+    if waited.own_requests or waited.others_requests:
+        parts.append(
+            f"behind {waited.own_requests:,} of its own (cost {waited.own_cost:,.0f}) and {waited.others_requests:,} "
+            f"of others (cost {waited.others_cost:,.0f}), {duration(waited.predicted_s)} predicted"
+        )
+    if waited.queue_s is None:
+        return ", ".join(["not dispatched", *parts])
+    reasons = [
+        f"{duration(seconds)} {why}"
+        for seconds, why in (
+            (waited.capped_s, "for its own tokens in flight (tokens_in_flight_max)"),
+            (waited.stuck_s, "as the next in line, for room at a worker"),
+        )
+        if seconds
+    ]
+    return "; ".join([duration(waited.queue_s), *reasons, *parts])
+
+
+def _predicted(figures: Figures) -> str:
+    cached = f", {figures.cached_tokens:,} tokens cached" if figures.cached_tokens else ""
+    first = f", first token in {duration(figures.ttft_s)}" if figures.ttft_s is not None else ""
+    return f"{figures.worker_id}: {plural(figures.tokens, 'token')} to compute{cached}{first}"
+
+
+def _charged(charge: Charge) -> str:
+    money = f" and {charge.money_micros / 1e6:.6f} by plan {charge.price_plan}" if charge.price_plan else ""
+    reserved = f"{charge.reserved_tokens:,} tokens reserved" if charge.reserved_tokens else "nothing reserved"
+    if not charge.settled:
+        return f"{reserved}, nothing settled"
+    prompt = f"{charge.prompt_tokens:,} prompt ({charge.cached_prompt_tokens:,} cached)"
+    return f"{prompt} + {charge.completion_tokens:,} generated{money}; {reserved}; {charge.cost:,.0f} of its share"
 
 
 def _rate(finished: Finished) -> str:
@@ -137,7 +209,7 @@ def _lanes(workers: tuple[WorkerStatus, ...]) -> Text:
 
 def _requests(requests: tuple[RequestStatus, ...], *, wide: bool) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in ("request", *(("tenant",) if wide else ()), "state", "prefill", "decode"):
+    for column in ("request", *(("tenant",) if wide else ()), "state", "prefill", "decode", *(("by",) if wide else ())):
         table.add_column(column, no_wrap=True)
     for column in ("age", "prompt", "answer"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -148,6 +220,7 @@ def _requests(requests: tuple[RequestStatus, ...], *, wide: bool) -> RenderableT
             request.state,
             request.prefill_worker,
             request.decode_worker,
+            *((request.transport,) if wide else ()),
             duration(request.age_s),
             f"{request.prompt_tokens:,}",
             f"{request.completion_tokens:,}",

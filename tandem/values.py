@@ -176,6 +176,7 @@ class RequestStatus:
     decode_worker: str
     prompt_tokens: int
     completion_tokens: int
+    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,3 +190,114 @@ class ClusterStatus:
     requests: tuple[RequestStatus, ...]
     #: How many requests have ended, by outcome: finished, refused, cancelled, expired, failed.
     outcomes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waited:
+    """What a request waited for. `own_*` and `others_*` are what it found before it, cost in the units of shares."""
+
+    #: None while it waits, and if it was never dispatched.
+    queue_s: float | None
+    #: Of that, since its tenant's tokens in flight were at their limit; and as the next in line, for room at a worker.
+    capped_s: float
+    stuck_s: float
+    own_requests: int
+    own_cost: float
+    others_requests: int
+    others_cost: float
+    predicted_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What was predicted of a worker: prompt tokens to compute there, others' before it included, of its own those
+    cached; `ttft_s` is None where the router knows no step times."""
+
+    worker_id: str
+    cached_tokens: int
+    tokens: int
+    ttft_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    why: str
+    decode_worker: str
+    chosen: Figures
+    #: The best of those that were not taken.
+    runner_up: Figures | None
+    local_prefill: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handoff:
+    prefill_worker: str
+    decode_worker: str
+    transport: str
+    nbytes: int
+    transfer_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    #: The most that it could use, set aside when it was admitted.
+    reserved_tokens: int
+    reserved_money_micros: int
+    #: False while it is open, and if it was never dispatched; then nothing is charged.
+    settled: bool
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    money_micros: int
+    price_plan: str
+    cost: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestStory:
+    """Why a request was served as it was."""
+
+    request_id: str
+    tenant: str
+    model: str
+    lane: str
+    state: str
+    #: Seconds since 1970.
+    arrived_at: float
+    #: How it ended, if badly.
+    reason: str
+    error: str
+    retry_after_s: float | None
+    waited: Waited
+    placement: Placement | None
+    handoff: Handoff | None
+    ttft_s: float | None
+    preemptions: int
+    retries: int
+    charge: Charge
+    #: (seconds since arrival, what happened)
+    lines: tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantFields:
+    """A tenant as a router has it; values as the tenants' file spells them."""
+
+    name: str
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyFacts:
+    """An API key without its secret. Times are in seconds since 1970."""
+
+    id: str
+    env: str
+    tenant: str
+    #: live, expired or revoked
+    state: str
+    scopes: tuple[str, ...]
+    lane_max: str
+    created: float
+    expires: float | None
+    revoked: float | None

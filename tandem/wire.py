@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from protos import control_pb2, inference_pb2, worker_link_pb2
 from tandem.errors import FieldViolation, InvalidArgument
 from tandem.values import (
+    Charge,
     ClusterStatus,
     Delta,
+    Figures,
     Finished,
     FinishReason,
+    Handoff,
+    KeyFacts,
     Lane,
     Load,
     Model,
+    Placement,
     RequestStatus,
+    RequestStory,
     Role,
     Route,
     SamplingOptions,
+    TenantFields,
     Timings,
     TokenLogprobs,
     Usage,
+    Waited,
     WorkerStatus,
 )
 
@@ -225,4 +233,129 @@ def _request_status(message: control_pb2.RequestStatus) -> RequestStatus:
         decode_worker=message.decode_worker,
         prompt_tokens=message.prompt_tokens,
         completion_tokens=message.completion_tokens,
+        transport=message.transport,
+    )
+
+
+def explain_request(request_id: str) -> control_pb2.ExplainRequest:
+    with _naming("request_id"):
+        return control_pb2.ExplainRequest(request_id=request_id)
+
+
+def request_story(message: control_pb2.RequestStory) -> RequestStory:
+    waited, charge, handoff = message.waited, message.charge, message.handoff
+    return RequestStory(
+        request_id=message.request_id,
+        tenant=message.tenant,
+        model=message.model,
+        lane=message.lane,
+        state=message.state,
+        arrived_at=message.arrived_at,
+        reason=message.reason,
+        error=message.error,
+        retry_after_s=message.retry_after_s if message.HasField("retry_after_s") else None,
+        waited=Waited(
+            queue_s=waited.queue_s if waited.HasField("queue_s") else None,
+            capped_s=waited.capped_s,
+            stuck_s=waited.stuck_s,
+            own_requests=waited.own_requests,
+            own_cost=waited.own_cost,
+            others_requests=waited.others_requests,
+            others_cost=waited.others_cost,
+            predicted_s=waited.predicted_s,
+        ),
+        placement=_placement(message.placement) if message.HasField("placement") else None,
+        handoff=Handoff(
+            prefill_worker=handoff.prefill_worker,
+            decode_worker=handoff.decode_worker,
+            transport=handoff.transport,
+            nbytes=handoff.bytes,
+            transfer_s=handoff.transfer_s,
+        )
+        if message.HasField("handoff")
+        else None,
+        ttft_s=message.ttft_s if message.HasField("ttft_s") else None,
+        preemptions=message.preemptions,
+        retries=message.retries,
+        charge=Charge(
+            reserved_tokens=charge.reserved_tokens,
+            reserved_money_micros=charge.reserved_money_micros,
+            settled=charge.settled,
+            prompt_tokens=charge.prompt_tokens,
+            cached_prompt_tokens=charge.cached_prompt_tokens,
+            completion_tokens=charge.completion_tokens,
+            money_micros=charge.money_micros,
+            price_plan=charge.price_plan,
+            cost=charge.cost,
+        ),
+        lines=tuple((line.at_s, line.what) for line in message.lines),
+    )
+
+
+def _placement(message: control_pb2.Placement) -> Placement:
+    return Placement(
+        why=message.why,
+        decode_worker=message.decode_worker,
+        chosen=_figures(message.chosen),
+        runner_up=_figures(message.runner_up) if message.HasField("runner_up") else None,
+        local_prefill=message.local_prefill,
+    )
+
+
+def _figures(message: control_pb2.Figures) -> Figures:
+    return Figures(
+        worker_id=message.worker_id,
+        cached_tokens=message.cached_tokens,
+        tokens=message.tokens,
+        ttft_s=message.ttft_s if message.HasField("ttft_s") else None,
+    )
+
+
+def list_tenants_request() -> control_pb2.ListTenantsRequest:
+    return control_pb2.ListTenantsRequest()
+
+
+def add_tenant_request(name: str, fields: Mapping[str, str]) -> control_pb2.AddTenantRequest:
+    return control_pb2.AddTenantRequest(name=name, fields=fields)
+
+
+def set_tenant_request(name: str, fields: Mapping[str, str]) -> control_pb2.SetTenantRequest:
+    return control_pb2.SetTenantRequest(name=name, fields=fields)
+
+
+def remove_tenant_request(name: str) -> control_pb2.RemoveTenantRequest:
+    return control_pb2.RemoveTenantRequest(name=name)
+
+
+def tenant_fields(message: control_pb2.Tenant) -> TenantFields:
+    return TenantFields(name=message.name, fields=dict(message.fields))
+
+
+def list_keys_request(tenant: str) -> control_pb2.ListKeysRequest:
+    return control_pb2.ListKeysRequest(tenant=tenant)
+
+
+def create_key_request(
+    tenant: str, scopes: Sequence[str], lane_max: str, expires_in_s: float | None, env: str
+) -> control_pb2.CreateKeyRequest:
+    return control_pb2.CreateKeyRequest(
+        tenant=tenant, scopes=scopes, lane_max=lane_max, expires_in_s=expires_in_s, env=env
+    )
+
+
+def revoke_key_request(key_id: str) -> control_pb2.RevokeKeyRequest:
+    return control_pb2.RevokeKeyRequest(id=key_id)
+
+
+def key_facts(message: control_pb2.Key) -> KeyFacts:
+    return KeyFacts(
+        id=message.id,
+        env=message.env,
+        tenant=message.tenant,
+        state=message.state,
+        scopes=tuple(message.scopes),
+        lane_max=message.lane_max,
+        created=message.created,
+        expires=message.expires if message.HasField("expires") else None,
+        revoked=message.revoked if message.HasField("revoked") else None,
     )

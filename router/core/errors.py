@@ -104,6 +104,12 @@ class Misfit(TandemError):
     reason = "WORKER_MISFIT"
 
 
+class ManagedElsewhere(TandemError):
+    """This router may not change what it was asked to change."""
+
+    reason = "MANAGED_ELSEWHERE"
+
+
 class Internal(TandemError):
     """A fault of ours. The message says nothing of the inside."""
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 
-from router.core.estimate import StepModel
+from router.core.estimate import UNKNOWN, StepModel
 from router.core.limits import CoreLimits
 from router.core.linked import Worker
 from router.core.roster import Group, Ranking
@@ -94,7 +94,9 @@ class Ask:
         return busy_s + queue_s + self.step.compute_s(self.uncached(worker), self.tokens)
 
     def figures(self, worker: Worker, move_s: float = 0.0) -> Figures:
-        return Figures(worker.worker_id, self.tokens - self.uncached(worker), self.ttft_s(worker) + move_s)
+        uncached = self.uncached(worker)
+        ttft_s = None if self.step is UNKNOWN else self.ttft_s(worker) + move_s
+        return Figures(worker.worker_id, self.tokens - uncached, worker.prefilling.total + uncached, ttft_s)
 
 
 def ask(now: float, pool: Pool, opened: OpenRequest, selector: Selector, limits: CoreLimits, step: StepModel) -> Ask:
@@ -249,17 +251,20 @@ def _prefillers(what: Ask) -> list[Worker]:
 def _first_that_meet(what: Ask, able: list[Worker], decoders: list[Worker]) -> Pair | None:
     if not able or not decoders:
         return None
-    figures = {worker.worker_id: what.figures(worker, _move_s(what, worker, decoders[0])) for worker in able}
-    able.sort(
-        key=lambda w: (w.worker_id == what.opened.avoid, figures[w.worker_id].ttft_s, w.prefilling.total, w.chosen)
-    )
+    times = {worker.worker_id: what.ttft_s(worker) + _move_s(what, worker, decoders[0]) for worker in able}
+    able.sort(key=lambda w: (w.worker_id == what.opened.avoid, times[w.worker_id], w.prefilling.total, w.chosen))
     for prefill in able:
         for decode in decoders:
             if _may_meet(decode, prefill):
-                chosen = figures[prefill.worker_id]
-                why = Why.PREFIX if chosen.cached_tokens else Why.LEAST_LOADED
+                chosen = what.figures(prefill, _move_s(what, prefill, decode))
                 other = next((worker for worker in able if worker is not prefill), None)
-                return Pair(prefill, decode, why, chosen, None if other is None else figures[other.worker_id])
+                return Pair(
+                    prefill,
+                    decode,
+                    Why.PREFIX if chosen.cached_tokens else Why.LEAST_LOADED,
+                    chosen,
+                    None if other is None else what.figures(other, _move_s(what, other, decode)),
+                )
     return None
 
 

@@ -33,6 +33,8 @@ class RequestView:
     decode_worker: str
     prompt_tokens: int
     completion_tokens: int
+    #: How its blocks were moved, last.
+    transport: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,4 +83,5 @@ def _request(now: float, opened: OpenRequest) -> RequestView:
         decode_worker=opened.slot_at or "",
         prompt_tokens=len(opened.request.prompt),
         completion_tokens=len(opened.generated),
+        transport=opened.transport,
     )

@@ -23,8 +23,10 @@ class Figures(NamedTuple):
     worker_id: str
     #: Prompt tokens that it probably has cached.
     cached_tokens: int
-    #: From then to the first token, the move included; without a step-time model, in prompt tokens to compute.
-    ttft_s: float
+    #: Prompt tokens to compute there, others' before it included.
+    tokens: int
+    #: From then to the first token, the move included; None without a step-time model.
+    ttft_s: float | None
 
 
 class Placed(NamedTuple):

@@ -72,6 +72,7 @@ _TABLE: dict[type[errors.TandemError], Answers] = {
     errors.Expired: Answers(grpc.StatusCode.DEADLINE_EXCEEDED, 504, "timeout"),
     errors.Cancelled: Answers(grpc.StatusCode.CANCELLED, 499, "cancelled"),
     errors.Misfit: Answers(grpc.StatusCode.FAILED_PRECONDITION, 409, "conflict"),
+    errors.ManagedElsewhere: Answers(grpc.StatusCode.FAILED_PRECONDITION, 409, "conflict"),
     errors.Internal: Answers(grpc.StatusCode.INTERNAL, 500, "server_error"),
     Unimplemented: Answers(grpc.StatusCode.UNIMPLEMENTED, 501, "invalid_request_error"),
     # Of HTTP only: gRPC refuses these by itself.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -15,9 +15,14 @@ from router.core.effects import Finished
 from router.core.errors import Invalid
 from router.core.request import FinishReason, Structure, StructureKind, TokenLogprobs
 from router.core.snapshot import RequestView, Snapshot, WorkerView
+from router.core.story import Figures, Story
+from router.core.tenant import Tenant
 from router.core.worker import Role
 from router.edge.admit import Asked
+from router.edge.keys import StoredKey
 from router.port import ModelView
+from router.tenants_edit import facts as tenant_facts
+from router.toml import to_toml
 
 _FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -59,6 +64,38 @@ def drain_request(data: bytes) -> control_pb2.DrainWorkerRequest:
 
 def role_request(data: bytes) -> control_pb2.SetWorkerRoleRequest:
     return parse(control_pb2.SetWorkerRoleRequest, data)
+
+
+def explain_request(data: bytes) -> control_pb2.ExplainRequest:
+    return parse(control_pb2.ExplainRequest, data)
+
+
+def list_tenants_request(data: bytes) -> control_pb2.ListTenantsRequest:
+    return parse(control_pb2.ListTenantsRequest, data)
+
+
+def add_tenant_request(data: bytes) -> control_pb2.AddTenantRequest:
+    return parse(control_pb2.AddTenantRequest, data)
+
+
+def set_tenant_request(data: bytes) -> control_pb2.SetTenantRequest:
+    return parse(control_pb2.SetTenantRequest, data)
+
+
+def remove_tenant_request(data: bytes) -> control_pb2.RemoveTenantRequest:
+    return parse(control_pb2.RemoveTenantRequest, data)
+
+
+def list_keys_request(data: bytes) -> control_pb2.ListKeysRequest:
+    return parse(control_pb2.ListKeysRequest, data)
+
+
+def create_key_request(data: bytes) -> control_pb2.CreateKeyRequest:
+    return parse(control_pb2.CreateKeyRequest, data)
+
+
+def revoke_key_request(data: bytes) -> control_pb2.RevokeKeyRequest:
+    return parse(control_pb2.RevokeKeyRequest, data)
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -281,4 +318,116 @@ def _request_status(view: RequestView) -> control_pb2.RequestStatus:
         decode_worker=view.decode_worker,
         prompt_tokens=view.prompt_tokens,
         completion_tokens=view.completion_tokens,
+        transport=view.transport,
     )
+
+
+def story(told: Story, arrived_at: float) -> control_pb2.RequestStory:
+    error, usage, reserved = told.error, told.usage, told.reserved
+    message = control_pb2.RequestStory(
+        request_id=told.request_id,
+        tenant=told.tenant,
+        model=told.model,
+        lane=told.lane.value,
+        state=told.state.value,
+        arrived_at=arrived_at,
+        reason="" if error is None else error.reason,
+        error="" if error is None else error.message,
+        retry_after_s=None if error is None else error.retry_after_s,
+        waited=_waited(told),
+        ttft_s=told.ttft_s,
+        preemptions=told.preemptions,
+        retries=told.retries,
+        lines=[control_pb2.StoryLine(at_s=at_s, what=what) for at_s, what in told.lines],
+    )
+    if told.placed is not None:
+        other = told.placed.runner_up
+        message.placement.MergeFrom(
+            control_pb2.Placement(
+                why=told.placed.why,
+                decode_worker=told.decode_worker,
+                chosen=_figures(told.placed.chosen),
+                runner_up=None if other is None else _figures(other),
+                local_prefill=told.local_prefill,
+            )
+        )
+    if told.transport:
+        message.handoff.MergeFrom(
+            control_pb2.Handoff(
+                prefill_worker=told.prefill_worker,
+                decode_worker=told.decode_worker,
+                transport=told.transport,
+                bytes=told.transfer_bytes,
+                transfer_s=told.transfer_s,
+            )
+        )
+    if reserved is not None:
+        message.charge.reserved_tokens, message.charge.reserved_money_micros = reserved
+    if usage is not None:
+        message.charge.MergeFrom(
+            control_pb2.Charge(
+                settled=True,
+                prompt_tokens=usage.prompt_tokens,
+                cached_prompt_tokens=usage.cached_prompt_tokens,
+                completion_tokens=usage.completion_tokens,
+                money_micros=usage.money_micros,
+                price_plan=usage.price_plan,
+                cost=usage.cost,
+            )
+        )
+    return message
+
+
+def _waited(told: Story) -> control_pb2.Waited:
+    waited = control_pb2.Waited(queue_s=told.queue_s, capped_s=told.capped_s, stuck_s=told.stuck_s)
+    if (ahead := told.ahead) is not None:
+        waited.own_requests, waited.own_cost = ahead.own_requests, ahead.own_cost
+        waited.others_requests, waited.others_cost = ahead.others_requests, ahead.others_cost
+        waited.predicted_s = ahead.wait_s
+    return waited
+
+
+def _figures(figures: Figures) -> control_pb2.Figures:
+    return control_pb2.Figures(worker_id=figures.worker_id, cached_tokens=figures.cached_tokens, ttft_s=figures.ttft_s)
+
+
+# Tenants and keys.
+
+
+def tenant(found: Tenant) -> control_pb2.Tenant:
+    fields = {name: to_toml(value) for name, value in tenant_facts(found).items() if name != "id" and value is not None}
+    return control_pb2.Tenant(name=found.id, fields=fields)
+
+
+def tenants(found: Iterable[Tenant]) -> control_pb2.ListTenantsResponse:
+    return control_pb2.ListTenantsResponse(tenants=[tenant(one) for one in found])
+
+
+def tenant_removed() -> control_pb2.RemoveTenantResponse:
+    return control_pb2.RemoveTenantResponse()
+
+
+def _key(found: StoredKey, now: float) -> control_pb2.Key:
+    return control_pb2.Key(
+        id=found.id,
+        env=found.env,
+        tenant=found.tenant,
+        state=found.state(now),
+        scopes=sorted(scope.value for scope in found.scopes),
+        lane_max=found.lane_max.value,
+        created=found.created,
+        expires=found.expires,
+        revoked=found.revoked,
+    )
+
+
+def keys(found: Iterable[StoredKey], now: float) -> control_pb2.ListKeysResponse:
+    return control_pb2.ListKeysResponse(keys=[_key(one, now) for one in found])
+
+
+def key_created(found: StoredKey, secret: str, now: float) -> control_pb2.CreateKeyResponse:
+    return control_pb2.CreateKeyResponse(key=_key(found, now), secret=secret)
+
+
+def key_revoked() -> control_pb2.RevokeKeyResponse:
+    return control_pb2.RevokeKeyResponse()

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from router.edge import keys
+from router.tenants_edit import Refused, add, change, remove
 from tandem.cli import app
 from tandem.client import Client
-from tandem.tenancy import Refused, add, change, remove
 from tests.tandem.scripted_server import Script, serving
 
 WRITTEN_BY_HAND = """\

@@ -303,7 +303,7 @@ class TestPlacement:
         assert (story.placed.chosen.worker_id, story.placed.chosen.cached_tokens) == (at, 192)
         assert story.placed.runner_up is not None
         assert story.placed.runner_up.worker_id != at
-        assert story.placed.runner_up.ttft_s > story.placed.chosen.ttft_s
+        assert story.placed.runner_up.tokens > story.placed.chosen.tokens
 
     def test_another_salt_knows_nothing_of_it(self) -> None:
         world = World(book=book(Tenant(id="a"), Tenant(id="b"), Tenant(id="c", sharing_group="g")))
