@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from engine.base import DecodeLeg, FailureKind, FinishReason, LegError, PrefillLeg, Sampling
 from engine.sim_blocks import BlockPool
-from engine.sim_core import CoreLimits, PrefillDone, SimCore, StagedPages
+from engine.sim_core import CoreLimits, PrefillDone, Readable, SimCore, StagedPages
 from engine.sim_memory import POISON, Chain, ChainMemory
 from tests.engine.reference import answer
 
@@ -47,6 +47,9 @@ class World:
     reasons: dict[str, FinishReason] = field(default_factory=dict)
     prefilled: dict[str, PrefillDone] = field(default_factory=dict)
     cached: dict[str, int] = field(default_factory=dict)
+    #: What a reader elsewhere may be reading of legs that go on, and whose blocks were taken back.
+    readable: dict[str, Readable] = field(default_factory=dict)
+    withdrawn: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.memory = ChainMemory(
@@ -68,7 +71,20 @@ class World:
             USABLE,
             staging=self.memory.stamps_of(self.staging),
             prefix_caching=self.prefix_caching,
+            withdraw=self.withdraw,
         )
+
+    def withdraw(self, leg_id: str) -> None:
+        self.check_readable()
+        del self.readable[leg_id]
+        self.withdrawn.append(leg_id)
+
+    def check_readable(self) -> None:
+        """What was said to be there is there, unchanged, until it is withdrawn."""
+        for readable in self.readable.values():
+            tokens = np.array(readable.leg.token_ids[: readable.tokens], dtype=np.uint32)
+            right = CHAIN.run(CHAIN.seed(readable.leg.cache_salt), tokens)
+            assert not self.memory.difference(readable.blocks, 0, right)
 
     def decode(self, leg_id: str, prompt: tuple[int, ...], sampling: Sampling = GREEDY, **more: Any) -> None:
         staged = more.pop("staged", None)
@@ -87,8 +103,15 @@ class World:
 
     def finish(self, plan: Any, now: float = 0.0) -> None:
         result = self.core.finish(now, plan)
+        for readable in result.readable:
+            before = self.readable.get(readable.leg.leg_id)
+            assert before is None or (before.blocks == readable.blocks and before.tokens < readable.tokens)
+            self.readable[readable.leg.leg_id] = readable
         for done in result.prefills:
             self.prefilled[done.leg.leg_id] = done
+            streamed = self.readable.pop(done.leg.leg_id, None)
+            assert streamed is None or (done.lease and done.lease.blocks == streamed.blocks)
+        self.check_readable()
         for output in result.outputs:
             self.cached.setdefault(output.leg_id, output.cached_tokens)
             self.answers.setdefault(output.leg_id, []).extend(output.token_ids)
@@ -123,6 +146,66 @@ def expected(prompt: tuple[int, ...], count: int = 8, salt: str = "", seed: int 
 
 def seeded(seed: int, count: int = 8) -> Sampling:
     return Sampling(max_tokens=count, temperature=1.0, seed=seed)
+
+
+# Reading while it is computed
+
+
+def test_a_prompt_of_several_chunks_can_be_read_before_it_is_done() -> None:
+    world = World(max_batched_tokens=16)
+    world.prefill("a", prompt_of(40))
+    world.step()
+    assert world.readable["a"].tokens == 16
+    assert len(world.readable["a"].blocks) == 10
+    world.step()
+    assert world.readable["a"].tokens == 32
+    world.step()
+    assert world.prefilled["a"].lease is not None
+    world.core.end_lease("a")
+
+
+def test_a_prompt_of_one_chunk_and_one_that_is_not_handed_over_are_not_read_early() -> None:
+    world = World(max_batched_tokens=16)
+    world.prefill("a", prompt_of(16))
+    world.prefill("b", prompt_of(40), hand_off=False)
+    world.decode("c", prompt_of(40))
+    world.run()
+    world.core.end_lease("a")
+    assert not world.readable
+    assert not world.withdrawn
+
+
+def test_an_aborted_leg_is_withdrawn_before_its_blocks_are_anothers() -> None:
+    world = World(max_batched_tokens=16, blocks=12)
+    world.prefill("a", prompt_of(40))
+    world.prefill("b", prompt_of(40, seed=1), tenant="another")
+    world.step()
+    world.core.abort("a")
+    assert world.withdrawn == ["a"]
+    world.run()
+    world.core.end_lease("b")
+
+
+def test_a_preempted_leg_is_withdrawn_and_not_read_early_again() -> None:
+    world = World(max_batched_tokens=8, blocks=14, prefix_caching=False, max_running=2)
+    world.decode("d", prompt_of(4), Sampling(max_tokens=30, temperature=0))
+    world.step()
+    world.prefill("a", prompt_of(48))
+    while not world.withdrawn:
+        world.step()
+    world.run()
+    assert world.withdrawn == ["a"]
+    assert world.prefilled["a"].lease is not None
+    world.core.end_lease("a")
+
+
+def test_a_leg_that_ends_with_its_first_token_is_withdrawn() -> None:
+    world = World(max_batched_tokens=16)
+    prompt = prompt_of(40)
+    world.prefill("a", prompt, replace(GREEDY, stop_token_ids=tuple(expected(prompt, 1))))
+    world.run()
+    assert world.prefilled["a"].lease is None
+    assert world.withdrawn == ["a"]
 
 
 # Tokens
