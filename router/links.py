@@ -1,7 +1,8 @@
 """The router's end of the links: one stream per worker, its hello first, orders out, events in.
 
-A worker is linked from its welcome until its stream ends, however it ends: that moment the core hears of its loss. Of
-two streams that name one worker the newer is the worker; the older is closed and no longer heard.
+A worker joins by proving that it is one (`joining`), and is linked from its welcome until its stream ends, however it
+ends: that moment the core hears of its loss. Of two streams that name one worker the newer is the worker; the older is
+closed and no longer heard.
 """
 
 from __future__ import annotations
@@ -10,22 +11,31 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import grpc
 
 from protos import worker_link_pb2_grpc
 from router import wire
 from router.core import events as ev
-from router.core.errors import Invalid, Misfit, TandemError
+from router.core.errors import Invalid, Misfit, TandemError, Unauthenticated, Unavailable
 from router.core.worker import WorkerFacts
 from router.edge.errors import abort
+from router.edge.identity import certificate_names
+from router.joining import Gate, Introduction
+from router.refusals import Refusals, source_of
 from router.shell import Shell, WorkerEffect
+
+if TYPE_CHECKING:
+    Stream = grpc.aio.ServicerContext[wire.WorkerMessage, wire.RouterMessage]
 
 _log = logging.getLogger(__name__)
 
 _HELLO_TIMEOUT_S = 10.0
 #: Orders that a worker has not read yet. It reads all the time, so this many mean that it is stuck.
 _OUTBOX_MAX = 16_384
+#: Streams that have not been welcomed yet; more are refused.
+_JOINING_MAX = 1_024
 
 
 class _Link:
@@ -59,9 +69,13 @@ class _Link:
 
 
 class Links(worker_link_pb2_grpc.WorkerLinkServicer):
-    def __init__(self, shell: Shell, *, router_id: str, load_report_interval_s: float) -> None:
+    def __init__(self, shell: Shell, gate: Gate, *, router_id: str, load_report_interval_s: float) -> None:
         self._shell = shell
+        self._gate = gate
         self._router_id = router_id
+        #: Of strangers. A worker that is told wrong tries again for ever: one line a minute will do.
+        self.refusals = Refusals("joining", burst=1, per_s=1 / 60)
+        self._joining = 0
         self._load_report_interval_s = load_report_interval_s
         self._links: dict[str, _Link] = {}
 
@@ -84,10 +98,10 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
     async def Connect(  # type: ignore[override]  # writes by the context, so that it can read at the same time
         self,
         request_iterator: AsyncIterator[wire.WorkerMessage],
-        context: grpc.aio.ServicerContext[wire.WorkerMessage, wire.RouterMessage],
+        context: Stream,
     ) -> None:
         try:
-            facts = await self._greet(request_iterator)
+            facts = await self._join(request_iterator, context)
         except TandemError as error:
             await abort(context, error)
         link = self._open(facts)
@@ -104,15 +118,36 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
         finally:
             self._over(facts.worker_id, link, why)
 
-    async def _greet(self, requests: AsyncIterator[wire.WorkerMessage]) -> WorkerFacts:
+    async def _join(self, requests: AsyncIterator[wire.WorkerMessage], context: Stream) -> WorkerFacts:
+        if self._joining >= _JOINING_MAX:
+            raise Unavailable("JOINING_FULL", f"{_JOINING_MAX} others are joining", retry_after_s=1.0)
+        self._joining += 1
         try:
             async with asyncio.timeout(_HELLO_TIMEOUT_S):
-                first = await anext(aiter(requests))
+                return await self._greet(aiter(requests), context)
         except (TimeoutError, StopAsyncIteration):
             raise Invalid("hello", f"must come first, within {_HELLO_TIMEOUT_S:g} s") from None
-        if not first.HasField("hello"):
-            raise Invalid("hello", "must come first")
-        facts = wire.facts(first.hello)
+        finally:
+            self._joining -= 1
+
+    async def _greet(self, requests: AsyncIterator[wire.WorkerMessage], context: Stream) -> WorkerFacts:
+        message = await anext(requests)
+        introduction, challenge = wire.introduction(message), None
+        try:
+            if introduction is not None:
+                challenge = self._gate.challenge(introduction)
+                await context.write(wire.challenge(challenge))
+                message = await anext(requests)
+            if not message.HasField("hello"):
+                raise Invalid("hello", "must come first")
+            hello = message.hello
+            if introduction is not None and not _is_of(introduction, hello.worker_id, hello.incarnation):
+                raise Invalid("hello.worker_id", "must be the introduction's, as must be its incarnation")
+            self._gate.check(introduction, challenge, hello.proof, certificate_names(context.auth_context()))
+        except Unauthenticated as refused:
+            self.refusals.note(source_of(context.peer()), refused, introduction.worker_id if introduction else "")
+            raise
+        facts = wire.facts(hello)
         if difference := self._shell.misfit(facts):
             _log.warning("worker %s refused: %s", facts.worker_id, difference)
             raise Misfit(difference)
@@ -146,7 +181,11 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
             self._shell.handle(ev.WorkerLost(worker_id, why))
 
 
-async def _send(context: grpc.aio.ServicerContext[wire.WorkerMessage, wire.RouterMessage], link: _Link) -> None:
+def _is_of(introduction: Introduction, worker_id: str, incarnation: str) -> bool:
+    return (introduction.worker_id, introduction.incarnation) == (worker_id, incarnation)
+
+
+async def _send(context: Stream, link: _Link) -> None:
     while True:
         message = await link.get()
         try:

@@ -38,6 +38,7 @@ from router.edge.http_server import HttpServer
 from router.edge.native import NativeEdge
 from router.edge.openai import OpenAIEdge
 from router.edge.text import ModelText
+from router.joining import Gate
 from router.links import Links
 from router.metering.journal import Journal
 from router.metrics import RouterCollector, exposition, serve_metrics
@@ -103,7 +104,8 @@ async def serve(
         records=journal.records() if journal is not None else (),
     )
     shell = Shell(core, stream_tokens_max=config.requests.stream_tokens_max)
-    links = Links(shell, router_id=config.router_id, load_report_interval_s=config.load_report_interval_s)
+    gate = Gate(config.router_id, config.join_key, config.worker_certificates)
+    links = Links(shell, gate, router_id=config.router_id, load_report_interval_s=config.load_report_interval_s)
     keeper = JournalKeeper(journal, core) if journal is not None else None
     if keeper is not None:
         shell.on_record = keeper.append

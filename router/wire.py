@@ -10,6 +10,7 @@ from router.core import events as ev
 from router.core.errors import Invalid
 from router.core.request import FinishReason, Sampling, Structure, StructureKind, TokenLogprobs
 from router.core.worker import Capacity, KvEndpoint, Load, ModelFacts, PeerLane, Role, WorkerFacts
+from router.joining import Challenge, Introduction
 
 WorkerMessage = worker_link_pb2.WorkerMessage
 RouterMessage = worker_link_pb2.RouterMessage
@@ -38,6 +39,14 @@ _FAILURES: dict[int, ev.Failure] = {
 }
 
 # From workers.
+
+
+def introduction(message: WorkerMessage) -> Introduction | None:
+    """None for another message."""
+    if not message.HasField("introduction"):
+        return None
+    said = message.introduction
+    return Introduction(worker_id=said.worker_id, incarnation=said.incarnation, nonce=said.nonce)
 
 
 def facts(hello: worker_link_pb2.Hello) -> WorkerFacts:
@@ -162,6 +171,11 @@ def _lane(lane: worker_link_pb2.PeerLane) -> PeerLane:
 
 
 # To workers.
+
+
+def challenge(value: Challenge) -> RouterMessage:
+    said = worker_link_pb2.Challenge(router_id=value.router_id, nonce=value.nonce, proof=value.proof)
+    return RouterMessage(challenge=said)
 
 
 def welcome(router_id: str, load_report_interval_s: float) -> RouterMessage:

@@ -1,7 +1,9 @@
 """The link to one router: dials it, says hello, and carries orders in and answers out until it breaks; then again.
 
-A link is one bidirectional stream. When it breaks, by either end's death or by the network, both take everything on
-it as lost at that moment; nothing is resumed. A new stream starts with a new hello and an empty outbox.
+A link is one bidirectional stream. It begins with both ends proving that they are of one cluster (trust/join.py);
+before the router has, a worker says nothing of itself and takes no order. When it breaks, by either end's death or by
+the network, both take everything on it as lost at that moment; nothing is resumed. A new stream starts with a new hello
+and an empty outbox.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
 
 import grpc
 
 from protos import worker_link_pb2_grpc
+from trust.join import Side, is_proof, nonce, proof
+from trust.tls import Tls
 from worker import messages, wire
 from worker.backoff import Backoff
 from worker.config import LinkSettings
@@ -36,10 +41,23 @@ class LinkLost(Exception):
     """The stream is over, and not because this worker leaves."""
 
 
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """By what this worker and its routers know each other."""
+
+    #: See `trust.join.join_key`.
+    join_key: bytes = field(repr=False)
+    #: None: plaintext.
+    tls: Tls | None = None
+
+
 class RouterLink:
-    def __init__(self, address: str, settings: LinkSettings, worker: WorkerService, random: Random) -> None:
+    def __init__(
+        self, address: str, settings: LinkSettings, trust: Trust, worker: WorkerService, random: Random
+    ) -> None:
         self.address = address
         self._settings = settings
+        self._trust = trust
         self._worker = worker
         self._backoff = Backoff(settings.retry_first_s, settings.retry_max_s, random)
         #: Set when this worker leaves: flush what waits, then close instead of dialling again.
@@ -69,12 +87,21 @@ class RouterLink:
 
     @asynccontextmanager
     async def _dial(self) -> AsyncIterator[Stream]:
-        async with grpc.aio.insecure_channel(self.address, options=_channel_options(self._settings)) as channel:
+        async with self._channel() as channel:
             stream: Stream = worker_link_pb2_grpc.WorkerLinkStub(channel).Connect()
             try:
                 yield stream
             finally:
                 stream.cancel()
+
+    def _channel(self) -> grpc.aio.Channel:
+        options: list[tuple[str, int | str]] = [*_channel_options(self._settings)]
+        tls = self._trust.tls
+        if tls is None:
+            return grpc.aio.insecure_channel(self.address, options=options)
+        options += tls.channel_options()
+        # Made anew each time, from what the files hold now.
+        return grpc.aio.secure_channel(self.address, tls.channel_credentials(), options=options)
 
     async def _serve(self, stream: Stream) -> None:
         role_said = self._worker.role
@@ -102,13 +129,39 @@ class RouterLink:
     async def _greet(self, stream: Stream) -> messages.Welcome:
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
-                await _write(stream, self._worker.hello())
+                proof = await self._know_each_other(stream)
+                await _write(stream, self._worker.hello(proof))
                 welcome = await _read(stream)
         except TimeoutError:
             raise LinkLost(f"no welcome within {self._settings.connect_timeout_s} s") from None
         if not isinstance(welcome, messages.Welcome):
             raise LinkLost("the router closed" if welcome is None else "the router did not begin with a welcome")
         return welcome
+
+    async def _know_each_other(self, stream: Stream) -> bytes:
+        """The worker's proof, once the router has given its own. Raises LinkLost."""
+        me, mine = self._worker.identity, nonce()
+        await _write(stream, wire.introduction(me.worker_id, me.incarnation, mine))
+        challenge = await _read(stream)
+        if not isinstance(challenge, messages.Challenge):
+            raise LinkLost("the router closed" if challenge is None else "the router did not begin with a challenge")
+
+        def made_by(side: Side) -> bytes:
+            return proof(
+                self._trust.join_key,
+                side,
+                worker_id=me.worker_id,
+                incarnation=me.incarnation,
+                router_id=challenge.router_id,
+                worker_nonce=mine,
+                router_nonce=challenge.nonce,
+            )
+
+        # A router without a proof may be known by its certificate, which was checked while dialling.
+        must_prove = bool(challenge.proof) or self._trust.tls is None
+        if must_prove and not is_proof(challenge.proof, made_by(Side.ROUTER)):
+            raise LinkLost("refused: the router did not prove that it knows the cluster's secret")
+        return made_by(Side.WORKER)
 
     async def _receive(self, stream: Stream, outbox: Outbox) -> None:
         while (message := await _read(stream)) is not None:

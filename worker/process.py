@@ -19,9 +19,11 @@ from random import Random
 from typing import TypeVar
 
 from engine.base import Engine, EngineInfo
+from trust.join import join_key
+from trust.tls import Tls
 from worker.config import WorkerConfig
 from worker.health import Health, serve_health
-from worker.link import RouterLink
+from worker.link import RouterLink, Trust
 from worker.metrics import WorkerMetrics, serve_metrics
 from worker.service import Identity, WorkerService
 
@@ -86,6 +88,8 @@ async def _serve_loaded(
     metrics: WorkerMetrics,
     ending: Callable[[ExitCode], None],
 ) -> ExitCode:
+    options = config.engine_options
+    trust = Trust(join_key(options.cluster_secret), Tls(options.tls) if options.tls.dials else None)
     identity = Identity(worker_id=config.worker_id, incarnation=secrets.token_hex(8), info=info)
     code = ExitCode.LEFT
     try:
@@ -94,7 +98,7 @@ async def _serve_loaded(
             metrics.show(worker.snapshot)
             scope.create_task(worker.run(), name="housekeeping")
             links = [
-                RouterLink(address, config.link, worker, Random(f"{identity.incarnation} {address}"))
+                RouterLink(address, config.link, trust, worker, Random(f"{identity.incarnation} {address}"))
                 for address in config.routers
             ]
             linked = [scope.create_task(link.run(), name=link.address) for link in links]

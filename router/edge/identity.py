@@ -155,8 +155,13 @@ def presented(
     tokens = {token for name, value in headers or () if (token := _token(name.lower(), value))}
     if len(tokens) > 1:
         raise Unauthenticated("CREDENTIALS_AMBIGUOUS", "more than one credential came with the call")
-    names = (auth_context or {}).get("x509_subject_alternative_name", ())
-    return Presented(next(iter(tokens), ""), tuple(name.decode(errors="replace") for name in names))
+    return Presented(next(iter(tokens), ""), certificate_names(auth_context or {}))
+
+
+def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
+    """Of a verified certificate, from gRPC's `auth_context()`: the URIs (SPIFFE ids) and DNS names that it is for."""
+    found = (*auth_context.get("peer_uri", ()), *(name.lower() for name in auth_context.get("peer_dns", ())))
+    return tuple(name.decode(errors="replace") for name in found)
 
 
 def _token(name: str, value: str | bytes) -> str:

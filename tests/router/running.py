@@ -16,6 +16,7 @@ from router.config import RequestLimits, RouterConfig
 from router.core.limits import CoreLimits
 from router.edge.text import ModelText
 from router.main import Bound, serve
+from trust import join
 
 MODEL_DIR = Path(__file__).parents[2] / "models" / "tandem-nano"
 MODEL = "nano"
@@ -126,6 +127,27 @@ class Worker:
             await self.send(step=worker_link_pb2.StepOutputs(outputs=[output]))
 
 
+async def proven(
+    call: grpc.aio.StreamStreamCall[Message, Order], said: worker_link_pb2.Hello, key: bytes = JOIN_KEY
+) -> worker_link_pb2.Hello:
+    """The hello with what makes its sender a worker, once the router has been introduced."""
+    introduction = worker_link_pb2.Introduction(
+        worker_id=said.worker_id, incarnation=said.incarnation, nonce=join.nonce()
+    )
+    await call.write(Message(introduction=introduction))
+    challenge = await anext(aiter(call))
+    said.proof = join.proof(
+        key,
+        join.Side.WORKER,
+        worker_id=said.worker_id,
+        incarnation=said.incarnation,
+        router_id=challenge.challenge.router_id,
+        worker_nonce=introduction.nonce,
+        router_nonce=challenge.challenge.nonce,
+    )
+    return said
+
+
 class Router:
     """A router under test, and everything that is connected to it."""
 
@@ -146,7 +168,7 @@ class Router:
         """Linked and welcomed. With an answer, it serves."""
         call = link_grpc.WorkerLinkStub(self.channel).Connect()
         worker = Worker(name, call, answer or (), serving=answer is not None)
-        await worker.send(hello=hello(name, role, **changes))
+        await worker.send(hello=await proven(call, hello(name, role, **changes)))
         self._reading.append(asyncio.create_task(worker.read()))
         await worker.wait_for("welcome")
         return worker

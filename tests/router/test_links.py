@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from protos import control_pb2, worker_link_pb2
 from protos import worker_link_pb2_grpc as link_grpc
 from router.core.limits import CoreLimits
-from tests.router.running import BOTH, DECODE, PREFILL, STOP, WAIT_S, Message, Router, hello, running
+from tests.router.running import BOTH, DECODE, PREFILL, STOP, WAIT_S, Message, Router, hello, proven, running
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -28,6 +28,8 @@ async def router() -> AsyncIterator[Router]:
 
 async def refusal(router: Router, first: Message) -> grpc.aio.AioRpcError:
     call = link_grpc.WorkerLinkStub(router.channel).Connect(timeout=WAIT_S)
+    if first.HasField("hello"):
+        first = Message(hello=await proven(call, first.hello))
     await call.write(first)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in call:

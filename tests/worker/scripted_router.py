@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from protos import inference_pb2, worker_link_pb2, worker_link_pb2_grpc
+from trust.join import Side, join_key, nonce, proof
 
 Worker = worker_link_pb2.WorkerMessage
 Router = worker_link_pb2.RouterMessage
@@ -103,6 +104,8 @@ class ScriptedRouter(worker_link_pb2_grpc.WorkerLinkServicer):
         self.interval_s = load_report_interval_s
         #: Answer a hello with the welcome.
         self.welcoming = True
+        #: What it knows of the cluster's secret.
+        self.key = join_key(b"secret")
         #: End every stream with this status.
         self.refusing: grpc.StatusCode | None = None
         self._links: asyncio.Queue[Link] = asyncio.Queue()
@@ -118,7 +121,14 @@ class ScriptedRouter(worker_link_pb2_grpc.WorkerLinkServicer):
     async def Connect(
         self, request_iterator: AsyncIterator[Worker], context: grpc.aio.ServicerContext[Worker, Router]
     ) -> AsyncIterator[Router]:
+        first = (await anext(request_iterator)).introduction
+        challenge = worker_link_pb2.Challenge(router_id="scripted", nonce=nonce())
+        names = {"worker_id": first.worker_id, "incarnation": first.incarnation, "router_id": "scripted"}
+        nonces = {"worker_nonce": first.nonce, "router_nonce": challenge.nonce}
+        challenge.proof = proof(self.key, Side.ROUTER, **names, **nonces)
+        yield Router(challenge=challenge)
         link = Link((await anext(request_iterator)).hello)
+        assert link.hello.proof == proof(self.key, Side.WORKER, **names, **nonces)
         self._links.put_nowait(link)
         if self.refusing:
             link.over.set()

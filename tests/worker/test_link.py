@@ -19,7 +19,7 @@ from tests.worker.scripted_engine import INFO, ScriptedEngine, transfer_failed
 from tests.worker.scripted_router import Link, ScriptedRouter, sampling, scripted_router
 from worker import messages
 from worker.config import Role
-from worker.link import RouterLink
+from worker.link import RouterLink, Trust
 from worker.metrics import WorkerMetrics
 from worker.outbox import Outbox
 from worker.service import Identity, ProtocolError, WorkerService
@@ -263,6 +263,8 @@ async def test_when_the_router_is_lost_its_legs_and_leases_end_and_the_worker_co
         await at.engine.until("begun decode c/1/d")
         at.link.close()
         again = await at.router.link()
+        assert again.hello.proof != at.link.hello.proof
+        again.hello.proof = at.link.hello.proof
         assert again.hello == at.link.hello
         assert set(at.engine.aborted) == {"prefill a/1/p", "fetch h", "decode c/1/d"}
         await again.settled()
@@ -420,7 +422,9 @@ async def test_a_link_that_breaks_as_it_is_cancelled_ends() -> None:
         async with asyncio.TaskGroup() as scope:
             identity = Identity(worker_id="w0", incarnation="i", info=INFO)
             worker = Breaking(config, identity, engine, WorkerMetrics("w0"), scope, asyncio.Event())
-            task = scope.create_task(RouterLink(router.address, config.link, worker, Random(0)).run())
+            task = scope.create_task(
+                RouterLink(router.address, config.link, Trust(router.key), worker, Random(0)).run()
+            )
             (await router.link()).cancel("any")
             async with asyncio.timeout(5):
                 await asyncio.wait([task])
