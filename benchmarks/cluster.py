@@ -17,6 +17,7 @@ from engine.base import EngineOptions
 from router import config as router_config
 from router.config import RouterConfig
 from tandem import Client, TandemError
+from trust.join import join_key
 from worker import config as worker_config
 from worker.config import LogSettings, Role, WorkerConfig
 
@@ -53,6 +54,7 @@ def cluster(
         model_dir=options.model, model_name=options.served_model_name, port=0, log_level="WARNING"
     )
     try:
+        config = replace(config, join_key=join_key(options.cluster_secret))
         running["router"] = _start("router", router_config.to_json(config), logs / f"{name}-router.log")
         address = f"127.0.0.1:{_port(running['router'])}"
         for number, role in enumerate(roles):
