@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from router.core.effects import ClientEvent, Failed, Finished, Tokens
+from router.core.rate import RateLeft
 from router.core.request import GenerationRequest, TokenLogprobs
 from router.core.snapshot import Snapshot
 from router.core.story import Story
@@ -106,6 +107,10 @@ class CorePort(Protocol):
         ...
 
     def models(self) -> list[ModelView]: ...
+
+    def rates(self, tenant: str) -> tuple[RateLeft, ...]:
+        """What is left of the tenant's limits on requests and tokens; empty without such limits."""
+        ...
 
 
 class AdminPort(Protocol):

@@ -17,6 +17,7 @@ from router.core.budget import Record
 from router.core.core import Core
 from router.core.effects import Effect, Emit, Tokens
 from router.core.errors import AlreadyExists, NotFound
+from router.core.rate import RateLeft
 from router.core.request import GenerationRequest
 from router.core.snapshot import Snapshot, snapshot
 from router.core.stats import Stats
@@ -165,6 +166,9 @@ class Shell:
     def explain(self, request_id: str, tenant: str | None) -> tuple[Story, float] | None:
         story = self._core.explain(request_id, tenant)
         return None if story is None else (story, time.time() - self.now() + story.arrival)
+
+    def rates(self, tenant: str) -> tuple[RateLeft, ...]:
+        return self._core.admission.rates(self.now(), tenant)
 
     def snapshot(self, *, requests: bool = False) -> Snapshot:
         return snapshot(self.now(), self._core.state, self._core.stats.outcomes, requests=requests)

@@ -22,7 +22,7 @@ from math import inf
 from router.core.budget import GRANT_TOKENS, Balance, Budgets, Record
 from router.core.errors import Invalid, NotFound, OutOfRange, TandemError
 from router.core.quota import OverQuota, QuotaFacts
-from router.core.rate import Bucket
+from router.core.rate import Bucket, RateLeft
 from router.core.request import GenerationRequest
 from router.core.tenant import PricePlan, Tenant, TenantBook
 
@@ -169,6 +169,21 @@ class Admission:
             tenant = next((one for one in (book.tenant(account.tenant.id),) if one is not None), account.tenant)
             if tenant.id == account.tenant.id:
                 _tune(now, account, tenant, book.plan_of(tenant))
+
+    def rates(self, now: float, tenant_id: str) -> tuple[RateLeft, ...]:
+        """Of a tenant in the book."""
+        tenant = self.book.tenant(tenant_id)
+        if tenant is None:
+            return ()
+        account = self._account(now, tenant)
+        return tuple(
+            RateLeft(unit, rate, max(0.0, bucket.level(now)), bucket.full_in_s(now))
+            for unit, rate, bucket in (
+                ("requests", tenant.requests_per_minute, account.requests),
+                ("tokens", tenant.tokens_per_minute, account.tokens),
+            )
+            if rate is not None and bucket is not None
+        )
 
     def limits(self, now: float, tenant: Tenant) -> tuple[Limit, ...]:
         """What the tenant is limited in, and how much of it is in use."""

@@ -14,9 +14,20 @@ So in any window, no more is *used* than rate x window + burst + what was reserv
 from __future__ import annotations
 
 from math import exp, inf
+from typing import NamedTuple
 
 #: Floats of monotonic clocks are this exact, in seconds. Without it, retrying at the very time promised could fail.
 _GRAIN_S = 1e-6
+
+
+class RateLeft(NamedTuple):
+    """What is left of a rate now, for who is limited by it."""
+
+    unit: str
+    per_minute: float
+    left: float
+    #: Until all of it is there again, if nothing else is taken.
+    full_in_s: float
 
 
 class Bucket:
@@ -34,6 +45,9 @@ class Bucket:
     def level(self, now: float) -> float:
         """Below zero: in debt."""
         return min(self.burst, self.burst - (self.full_at - now) * self.rate)
+
+    def full_in_s(self, now: float) -> float:
+        return max(0.0, self.full_at - now)
 
     def admits_at(self, amount: float) -> float:
         """The first moment at which `amount` is admitted if nothing else happens."""

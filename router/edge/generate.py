@@ -16,6 +16,7 @@ from uuid import uuid4
 from router.config import RequestLimits
 from router.core.effects import Finished, Tokens
 from router.core.errors import Expired, NotFound, Unavailable
+from router.core.rate import RateLeft
 from router.core.request import GenerationRequest, TokenLogprobs
 from router.core.worker import ModelFacts
 from router.edge.admit import SEED_MAX, Asked, Rules
@@ -131,6 +132,9 @@ class Generator:
 
     def models(self) -> list[ModelView]:
         return self._core.models()
+
+    def rates(self, accepted: Accepted) -> tuple[RateLeft, ...]:
+        return self._core.rates(accepted.request.tenant)
 
     async def models_for(self, presented: Presented) -> list[ModelView]:
         """Those that the caller may use. Raises Unauthenticated, PermissionDenied."""

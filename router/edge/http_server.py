@@ -62,6 +62,8 @@ class Exchange:
         own = uuid4().hex
         #: For ids of what is made here.
         self.own_id = own
+        #: Go with whatever is answered.
+        self.also: list[tuple[bytes, bytes]] = []
         #: The client's, or ours where it sent none that a header and a log line can carry.
         self.request_id = said if 0 < len(said) <= _REQUEST_ID_CHARS_MAX and _is_visible(said) else own
 
@@ -149,7 +151,7 @@ class Exchange:
 
     async def _begin(self, status: int, headers: Headers) -> None:
         own = ((b"date", formatdate(usegmt=True).encode()), (b"x-request-id", self.request_id.encode()))
-        start: Message = {"type": "http.response.start", "status": status, "headers": [*headers, *own]}
+        start: Message = {"type": "http.response.start", "status": status, "headers": [*headers, *own, *self.also]}
         await self._send(start)
 
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from starlette.types import Scope as HttpScope
 
 from router.config import HttpLimits, RequestLimits
 from router.core.errors import Internal, Invalid, NotFound, OutOfRange, TandemError, Unavailable
+from router.core.rate import RateLeft
 from router.core.request import TokenLogprobs
 from router.edge.chat import ChatTemplate
 from router.edge.errors import MethodNotAllowed
@@ -240,6 +241,7 @@ class OpenAIEdge:
         try:
             for accepted in call.accepted:
                 answers.append(self._generator.submit(accepted))
+            exchange.also += _rate_headers(self._generator.rates(call.accepted[0]))
             yield answers
         finally:
             watching.cancel()
@@ -380,6 +382,25 @@ def _sibling(accepted: Accepted, number: int, request_id: str) -> Accepted:
     if sampling.seed is not None and number:
         sampling = replace(sampling, seed=(sampling.seed + number) % (_SEED_MAX + 1))
     return Accepted(replace(request, request_id=request_id, sampling=sampling), accepted.stops)
+
+
+def _rate_headers(rates: Iterable[RateLeft]) -> Iterator[tuple[bytes, bytes]]:
+    """As they are once this request has taken its part."""
+    for rate in rates:
+        for what, said in (
+            ("limit", f"{rate.per_minute:.0f}"),
+            ("remaining", f"{math.floor(rate.left)}"),
+            ("reset", _duration(rate.full_in_s)),
+        ):
+            yield f"x-ratelimit-{what}-{rate.unit}".encode(), said.encode()
+
+
+def _duration(seconds: float) -> str:
+    """As clients of this protocol read them: 20ms, 1s, 6m0s."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
 def _timeout_s(exchange: Exchange) -> float | None:

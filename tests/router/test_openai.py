@@ -888,6 +888,40 @@ class TestCallers:
             assert (metrics.status, metrics.error["type"]) == (403, "permission_error")
 
 
+class TestRates:
+    async def test_what_is_left_is_said_with_every_answer_and_a_refusal_says_when(self, tmp_path: Path) -> None:
+        with keys.editing(tmp_path / "keys.json", tmp_path / "pepper") as editor:
+            store, _, key = editor.store.create(editor.pepper, "acme", time.time(), env="test")
+            editor.save(store)
+        limits = "requests_per_minute = 6\ntokens_per_minute = 60000\nburst_s = 30.0"
+        (tmp_path / "tenants.toml").write_text(f"[tenants.acme]\n{limits}\n")
+        auth = AuthConfig(mode="keys", keys_file=str(tmp_path / "keys.json"))
+        async with running(http_port=0, auth=auth, tenants_file=str(tmp_path / "tenants.toml")) as router:
+            await router.worker("b", answer=ANSWER)
+            bearer = f"Bearer {key}"
+            for left, stream in ((2, False), (1, True), (0, True)):
+                response = await post(router, COMPLETIONS, completion(stream=stream), authorization=bearer)
+                assert response.status == 200
+                said = {name: value for name, value in response.headers.items() if name.startswith("x-ratelimit-")}
+                assert said["x-ratelimit-limit-requests"] == "6"
+                assert said["x-ratelimit-remaining-requests"] == str(left)
+                assert said["x-ratelimit-reset-requests"] in (f"{10 * (3 - left)}s", f"{10 * (3 - left) - 1}s")
+                assert said["x-ratelimit-limit-tokens"] == "60000"
+                assert 29_000 < int(said["x-ratelimit-remaining-tokens"]) < 30_000
+            refused = await post(router, COMPLETIONS, completion(), authorization=bearer)
+            assert (refused.status, refused.error["type"]) == (429, "rate_limit_error")
+            assert refused.error["code"] == "requests_per_minute"
+            assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+            assert 8_000 < int(refused.headers["retry-after-ms"]) <= 10_000
+            assert 9 <= int(refused.headers["retry-after"]) <= 10
+
+    async def test_without_limits_nothing_is_said_of_them(self, router: Router) -> None:
+        await router.worker("b", answer=ANSWER)
+        headers = (await post(router, COMPLETIONS, completion())).headers
+        assert not any(name.startswith("x-ratelimit") for name in headers)
+        assert headers["x-request-id"]
+
+
 class TestEnds:
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("tokens_before", [0, 5])
