@@ -13,7 +13,7 @@ from pathlib import Path
 
 from router.config import RouterConfig
 from router.core.tenant import Tenant, TenantBook
-from router.edge.identity import Anyone, Authenticator, Operator, Verifier
+from router.edge.identity import Anyone, Authenticator, Certificates, Operator, Verifier
 from router.edge.jwt import JwtVerifier
 from router.edge.keys import KeyStore, KeyVerifier, read_pepper, read_store
 from router.tenant_admin import KeyFiles, TenantAdmin
@@ -33,6 +33,8 @@ class Access:
     cache_secret: bytes
     #: Called when the book changed.
     on_book: Callable[[TenantBook], None]
+    #: Nobody is asked who they are.
+    is_open: bool = False
     _tenants: FileWatch[TenantBook] | None = None
     _keys: KeyFiles | None = None
 
@@ -80,11 +82,14 @@ def _open_access(config: RouterConfig) -> Access:
         access._keys = KeyFiles(key_watch, auth.pepper_path)
     if auth.mode == "jwt":
         verifiers.append(JwtVerifier(auth.jwt))
-    if auth.mode == "none":
+    if auth.mode != "none":
+        verifiers.append(Certificates(lambda: access.book))
+    else:
+        access.is_open = True
         verifiers.append(Anyone())
         _log.warning(
             "UNAUTHENTICATED: whoever reaches %s may use this cluster, steer it and see all of its requests; "
-            "auth.mode = keys or jwt changes that",
+            "auth.mode = keys, jwt or certificates changes that",
             config.host,
         )
     if config.tenants_file:

@@ -122,8 +122,8 @@ class JwtRules:
 class AuthConfig:
     """How callers say who they are. docs/tenancy.md tells more."""
 
-    #: `jwt` takes API keys, too, if there is a key file.
-    mode: Literal["none", "keys", "jwt"] = "none"
+    #: Each takes names in clients' certificates; `jwt` and `certificates` take API keys, too, if there is a key file.
+    mode: Literal["none", "keys", "jwt", "certificates"] = "none"
     #: Without it, a router that asks nobody who they are listens on this machine's own addresses only.
     allow_unauthenticated: bool = False
     #: Written by `tandem key`.
@@ -245,6 +245,8 @@ class RouterConfig:
         """Whoever joins sees every prompt it is given and makes up answers."""
         tls = self.worker_tls if self.worker_listen else self.tls
         host = self.worker_listen.rpartition(":")[0] if self.worker_listen else self.host
+        if self.auth.mode == "certificates" and not self.tls.require_client_cert:
+            return ["tls.require_client_cert: must be true with auth.mode certificates"]
         if self.worker_certificates and not tls.require_client_cert:
             return ["worker_certificates: needs a port that requires clients' certificates (require_client_cert)"]
         if self.join_key or self.worker_certificates or (self.auth.mode == "none" and is_loopback(host)):

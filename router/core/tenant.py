@@ -118,6 +118,8 @@ class Tenant:
     #: None: every model that is served.
     models: frozenset[str] | None = None
     price_plan: str = ""
+    #: SPIFFE ids and DNS names in client certificates that make a caller this tenant.
+    certificates: frozenset[str] = frozenset()
 
     @property
     def highest_lane(self) -> Lane:
@@ -226,10 +228,22 @@ def _problems(book: TenantBook) -> Iterator[Problem]:
         yield from _tenant_problems(book, tenant, where)
     if book.unknown is not None:
         yield from _tenant_problems(book, book.unknown, "unknown")
+    yield from _certificate_problems(book)
     for name, plan in book.plans.items():
         yield from _plan_problems(name, plan)
     yield from _floor_problems(book)
     yield from _pool_problems(book)
+
+
+def _certificate_problems(book: TenantBook) -> Iterator[Problem]:
+    owners: dict[str, str] = {}
+    for tenant in book.tenants.values():
+        for name in sorted(tenant.certificates):
+            where = f"tenants.{tenant.id}.certificates"
+            if not name:
+                yield Problem("CERTIFICATE", where, "holds an empty name")
+            elif (owner := owners.setdefault(name, tenant.id)) != tenant.id:
+                yield Problem("CERTIFICATE", where, f"{name!r} is {owner!r}'s already")
 
 
 def _tenant_problems(book: TenantBook, tenant: Tenant, where: str) -> Iterator[Problem]:

@@ -61,7 +61,9 @@ class ControlEdge:
     def _unary(self, do: Callable[[bytes, Presented], Awaitable[Message]]) -> grpc.RpcMethodHandler:
         async def method(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
             async def work() -> bytes:
-                found = await do(data, presented(context.invocation_metadata(), context.auth_context()))
+                found = await do(
+                    data, presented(context.invocation_metadata(), context.auth_context(), peer=context.peer())
+                )
                 return found.SerializeToString()
 
             return await answer(context, work)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from email.utils import formatdate
+from typing import Any
 from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +22,7 @@ from uvicorn.server import ServerState
 from router.config import HttpLimits
 from router.core.errors import Invalid, TandemError
 from router.edge.errors import BodyTooLarge, BodyTooSlow, http_status, openai_error
+from trust.tls import Material, Tls, TlsRefused
 
 #: Of a body past the limit so much is read, and thrown away, before its sender is told: clients that still write
 #: rarely read, and see a broken connection.
@@ -39,6 +41,7 @@ _DONE = b"data: [DONE]\n\n"
 
 # uvicorn warns of every malformed request, which would let a client write our log.
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+_log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
@@ -53,6 +56,10 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         self._header = dict(self.headers)
+        #: Of a client's certificate that was verified, see `identity.certificate_names`.
+        self.certificate_names: tuple[str, ...] = scope.get(_NAMES, ())
+        #: The address at the other end, without its port.
+        self.peer: str = (scope.get("client") or ("",))[0]
         self._receive = receive
         self._send = send
         self._starting = asyncio.Lock()
@@ -155,6 +162,9 @@ class Exchange:
         await self._send(start)
 
 
+#: Where a connection leaves them in a request's scope.
+_NAMES = "tandem.certificate_names"
+
 Headers = Iterable[tuple[bytes, bytes]]
 
 
@@ -169,8 +179,11 @@ def _too_large(bytes_max: int) -> BodyTooLarge:
 class HttpServer:
     """Listens from `listen` to `close`, in the running loop. Leaves signals and logging alone."""
 
-    def __init__(self, app: ASGIApp, limits: HttpLimits) -> None:
+    def __init__(self, app: ASGIApp, limits: HttpLimits, tls: Tls | None = None) -> None:
         self._limits = limits
+        self._tls = tls
+        #: What new connections get.
+        self._material: Material | None = None
         self._config = Config(
             app,
             http=_Connection,
@@ -183,17 +196,45 @@ class HttpServer:
         )
         self._config.load()
         self._state = ServerState()
+        self._listener: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self.port = 0
 
     async def listen(self, host: str, port: int) -> None:
-        """Raises OSError."""
+        """Raises OSError, TlsRefused."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=self._config.backlog)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio sets it for its own only
         self.port = listener.getsockname()[1]
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._connection, sock=listener, backlog=self._config.backlog)
+        self._listener = listener
+        self._server = await self._serve()
+
+    async def _serve(self) -> asyncio.Server:
+        assert self._listener is not None
+        context = None
+        if self._tls is not None:
+            self._material = self._tls.refresh()
+            context = self._tls.server_context()
+            context.set_alpn_protocols(["http/1.1"])
+        return await asyncio.get_running_loop().create_server(
+            self._connection,
+            sock=self._listener.dup(),  # so that another may take its place
+            backlog=self._config.backlog,
+            ssl=context,
+            ssl_handshake_timeout=self._limits.read_timeout_s if context else None,
+        )
+
+    async def renew(self) -> None:
+        """New connections get what the TLS files hold now; open ones go on. None is lost: both accept meanwhile."""
+        if self._tls is None or self._server is None or self._tls.refresh() is self._material:
+            return
+        try:
+            fresh = await self._serve()
+        except TlsRefused as refused:  # just being written; told by the next look, too
+            _log.warning("HTTP goes on with the certificate before: %s", refused)
+            return
+        self._server.close()
+        self._server = fresh
 
     def _connection(self) -> _Connection:
         return _Connection(self._config, self._state, self._limits)
@@ -203,6 +244,8 @@ class HttpServer:
         if self._server is None:
             return
         self._server.close()
+        if self._listener is not None:
+            self._listener.close()
         for connection in list(self._state.connections):
             connection.shutdown()
         if self._state.tasks:
@@ -215,6 +258,13 @@ class HttpServer:
         self._server = None
 
 
+def _certificate_names(certificate: Mapping[str, Any]) -> Iterator[str]:
+    """As `identity.certificate_names` has them, from `ssl.SSLObject.getpeercert`."""
+    for kind, name in certificate.get("subjectAltName", ()):
+        if kind in ("URI", "DNS"):
+            yield name.lower() if kind == "DNS" else name
+
+
 class _Connection(HttpToolsProtocol):
     """uvicorn's, with an end to its patience."""
 
@@ -225,6 +275,7 @@ class _Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._write_timer: asyncio.TimerHandle | None = None
+        self._names: tuple[str, ...] = ()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if len(self.connections) >= self._limits.connections_max:
@@ -232,6 +283,8 @@ class _Connection(HttpToolsProtocol):
             transport.abort()
             return
         super().connection_made(transport)
+        if (tls := transport.get_extra_info("ssl_object")) is not None:
+            self._names = tuple(_certificate_names(tls.getpeercert() or {}))
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -248,6 +301,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope[_NAMES] = self._names  # type: ignore[literal-required]
         if self._head_timer is None:
             self._await_head()
 

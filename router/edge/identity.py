@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from router.core.errors import PermissionDenied, Unauthenticated
+from router.core.errors import PermissionDenied, Rejected, Unauthenticated
 from router.core.request import Lane
 from router.core.tenant import LANES, Tenant, TenantBook
+from router.refusals import Refusals, source_of
 
 #: Longer ones are nobody's.
 _TOKEN_CHARS_MAX = 8192
@@ -50,8 +51,10 @@ class Presented:
     """What came with a call that can tell who makes it."""
 
     token: str = ""
-    #: Of a peer certificate that the transport verified: its subject alternative names.
+    #: Of a peer certificate that the transport verified: its URIs (SPIFFE ids) and DNS names.
     certificate_names: tuple[str, ...] = ()
+    #: Where it came from, see `router.refusals`; empty where that is not known.
+    source: str = ""
 
 
 #: Nothing came.
@@ -108,6 +111,31 @@ class Operator:
         return self._identity if hmac.compare_digest(found, self._hash) else None
 
 
+class Certificates:
+    """Tenants by the names in their certificates. A key or a token that comes with the call goes before those."""
+
+    def __init__(self, book: Callable[[], TenantBook]) -> None:
+        self._book = book
+        self._indexed: TenantBook | None = None
+        self._tenant_of: dict[str, str] = {}
+
+    async def identify(self, presented: Presented, now: float) -> Identity | None:
+        if presented.token or not presented.certificate_names:
+            return None
+        book = self._book()
+        if book is not self._indexed:
+            self._tenant_of = {name: tenant.id for tenant in book.tenants.values() for name in tenant.certificates}
+            self._indexed = book
+        named = {name: self._tenant_of[name] for name in presented.certificate_names if name in self._tenant_of}
+        if len(set(named.values())) > 1:
+            raise Unauthenticated("CERTIFICATE_AMBIGUOUS", "the certificate has names of more than one tenant")
+        for name, tenant in named.items():
+            return Identity(tenant=tenant, key_id=name)
+        if book.unknown is None:
+            raise Unauthenticated("CERTIFICATE_UNKNOWN", "no name in the certificate is a tenant's")
+        return Identity(tenant="")  # all of these are one, however many certificates they have
+
+
 class Authenticator:
     """What the edges ask, whatever credentials there are. Belongs to one event loop."""
 
@@ -118,20 +146,34 @@ class Authenticator:
         #: The book in force; replaced when it changes.
         self.book = book
         self._wall_clock = wall_clock
+        #: Of credentials. Good ones are never slowed down, whatever else comes from their source.
+        self.refusals = Refusals("credentials", burst=30, per_s=1)
 
     async def caller(self, presented: Presented) -> Caller:
         """Who wants to generate. Raises Unauthenticated, PermissionDenied."""
         identity = await self.identify(presented, Scope.INFERENCE)
         tenant = self.book.tenant(identity.tenant)
         if tenant is None:
-            raise PermissionDenied("TENANT_UNKNOWN", "the credential's tenant does not exist")
+            unknown = PermissionDenied("TENANT_UNKNOWN", "the credential's tenant does not exist")
+            self.refusals.note(presented.source, unknown, identity.tenant)
+            raise unknown
         return Caller(identity, tenant)
 
     async def identify(self, presented: Presented, needs: Scope) -> Identity:
-        """Raises Unauthenticated, PermissionDenied."""
-        identity = await self._identify(presented)
+        """Raises Unauthenticated, PermissionDenied, and Rejected for a source of too many refused ones."""
+        try:
+            identity = await self._identify(presented)
+        except Unauthenticated as refused:
+            wait_s = self.refusals.note(presented.source, refused)
+            if wait_s and presented.source:
+                raise Rejected(
+                    "REFUSED_TOO_OFTEN", f"{refused.message}; and too many such came from there", retry_after_s=wait_s
+                ) from None
+            raise
         if needs not in identity.scopes:
-            raise PermissionDenied("SCOPE_MISSING", f"the credential does not have the scope {needs.value!r}")
+            missing = PermissionDenied("SCOPE_MISSING", f"the credential does not have the scope {needs.value!r}")
+            self.refusals.note(presented.source, missing, identity.key_id)
+            raise missing
         return identity
 
     async def _identify(self, presented: Presented) -> Identity:
@@ -149,13 +191,19 @@ class Authenticator:
 
 
 def presented(
-    headers: Iterable[tuple[str, str | bytes]] | None, auth_context: Mapping[str, Iterable[bytes]] | None = None
+    headers: Iterable[tuple[str, str | bytes]] | None,
+    auth_context: Mapping[str, Iterable[bytes]] | None = None,
+    *,
+    names: tuple[str, ...] = (),
+    peer: str = "",
 ) -> Presented:
-    """From a call's metadata or an HTTP request's headers, and gRPC's `auth_context()`. Raises Unauthenticated."""
+    """From a call's metadata or an HTTP request's headers, from gRPC's `auth_context()` or a certificate's `names`, and
+    from the other end's address. Raises Unauthenticated."""
     tokens = {token for name, value in headers or () if (token := _token(name.lower(), value))}
     if len(tokens) > 1:
         raise Unauthenticated("CREDENTIALS_AMBIGUOUS", "more than one credential came with the call")
-    return Presented(next(iter(tokens), ""), certificate_names(auth_context or {}))
+    names = names or certificate_names(auth_context or {})
+    return Presented(next(iter(tokens), ""), names, source_of(peer) if peer else "")
 
 
 def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:

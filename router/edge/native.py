@@ -70,4 +70,4 @@ class NativeEdge:
 
 
 def _presented(context: grpc.aio.ServicerContext) -> Presented:
-    return presented(context.invocation_metadata(), context.auth_context())
+    return presented(context.invocation_metadata(), context.auth_context(), peer=context.peer())

@@ -418,7 +418,7 @@ def _timeout_s(exchange: Exchange) -> float | None:
 
 
 def _presented(exchange: Exchange) -> Presented:
-    return presented(exchange.headers)
+    return presented(exchange.headers, names=exchange.certificate_names, peer=exchange.peer)
 
 
 async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
