@@ -13,7 +13,10 @@ one tenant is still one flow. Which flow is next, first match:
    cost / weight to the counter at once, with the cost *predicted* (uncached prompt + 2 x predicted output); what runs
    longer than predicted is charged again, by doubling; the end corrects the sum to what was really used. A flow that
    becomes ready starts no lower than the lane's virtual time (the counter served last, or the smallest of those
-   that wait if that is less): idle time banks nothing. Debts stay.
+   that wait if that is less): idle time banks nothing. Debts stay. Virtual time counts work that is *done*: prompts
+   that workers still compute were handed out while the flow was away, and its share of those is taken off where it
+   starts. So of a full machine, who comes back gets its share of what becomes free first, as if that had been kept
+   for it, and not one worker in turn with everybody; what it is ahead by is less than what the workers hold.
 
 **Caps.** A tenant holds at most `tokens_in_flight_max` KV tokens at workers, or one request. A flow whose head does not
 fit under it is set aside without holding up anyone, and comes back when the tenant's requests end. The cap makes the
@@ -137,11 +140,11 @@ class _Rank:
     #: Added to its counters wherever they are compared with another rank's.
     offset: float = 0.0
 
-    def start(self) -> float:
-        """Where a flow that becomes ready begins. Refunds can bring those that are ready below what was served last:
-        who charged much and gives it back must not leave newcomers behind."""
+    def start(self, lent: float) -> float:
+        """Where a flow that becomes ready begins: at the counter served last, less `lent`. Refunds can bring those that
+        are ready below that: who charged much and gives it back must not leave newcomers behind."""
         first = self.flows.first()
-        return self.served if first is None else min(self.served, self.flows.key(first)[1])
+        return self.served - lent if first is None else min(self.served - lent, self.flows.key(first)[1])
 
     def set(self, flow: _Flow, *, again: bool) -> None:
         if flow not in self.flows:
@@ -185,8 +188,10 @@ class FairQueue:
         self._choice: _Choice | None = None
         self._rate = BusyRate(self._limits.rate_window_s)
         self._output_estimate = float(self._limits.output_tokens_first)
-        #: Prompt tokens waiting.
+        #: Prompt tokens waiting; and those that workers were given and have not computed yet, which whoever holds the
+        #: workers says.
         self.tokens = 0
+        self.computing = 0
 
     def __len__(self) -> int:
         return len(self._where)
@@ -446,7 +451,8 @@ class FairQueue:
         if flow not in rank.flows:
             if not rank.flows:
                 self._rebase(rank, flow.lane)
-            flow.counter = max(flow.counter, rank.start())
+            weight = rank.weight + flow.account.tenant.weight
+            flow.counter = max(flow.counter, rank.start(self._limits.prompt_cost * self.computing / weight))
         rank.set(flow, again=head.request_id in self._charges)
         return True
 

@@ -319,11 +319,11 @@ class State:
 
     def open_prefill_leg(self, opened: OpenRequest, worker: Worker, *, tokens: int, blocks: int) -> Leg:
         leg = self._open_leg(opened, worker, "p")
-        worker.prefilling.add(opened.request_id, tokens)
+        self._compute(opened, worker, tokens)
         worker.pinned.add(opened.request_id, blocks)
         self.touch(worker)
         opened.prefill_leg = leg
-        opened.prefilling_at = opened.pinned_at = worker.worker_id
+        opened.pinned_at = worker.worker_id
         return leg
 
     def close_prefill_leg(self, opened: OpenRequest) -> Leg:
@@ -362,8 +362,7 @@ class State:
         worker = self.workers[opened.slot_at]
         leg = self._open_leg(opened, worker, "d")
         if prompt_tokens:
-            worker.prefilling.add(opened.request_id, prompt_tokens)
-            opened.prefilling_at = worker.worker_id
+            self._compute(opened, worker, prompt_tokens)
         opened.decode_leg = leg
         return leg
 
@@ -375,10 +374,16 @@ class State:
         self.computed(opened)
         return leg
 
+    def _compute(self, opened: OpenRequest, worker: Worker, tokens: int) -> None:
+        worker.prefilling.add(opened.request_id, tokens)
+        self.pools[opened.request.model].queue.computing += tokens
+        opened.prefilling_at = worker.worker_id
+
     def computed(self, opened: OpenRequest) -> None:
         """Nobody is computing its prompt any more."""
         if opened.prefilling_at is not None:
             worker = self.workers[opened.prefilling_at]
+            self.pools[opened.request.model].queue.computing -= worker.prefilling.get(opened.request_id)
             worker.prefilling.drop(opened.request_id)
             self.touch(worker)
             opened.prefilling_at = None
@@ -404,6 +409,7 @@ class State:
         """Costs O(everything); for tests and for whoever suspects a fault."""
         for pool in self.pools.values():
             pool.queue.check_integrity()
+            assert pool.queue.computing == sum(worker.prefilling.total for worker in pool.workers.values())
             pool.prefixes.check_integrity()
             pool.roster.check_integrity(now, pool.workers.values())
             for request_id in pool.may_yield:

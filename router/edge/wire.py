@@ -388,7 +388,12 @@ def _waited(told: Story) -> control_pb2.Waited:
 
 
 def _figures(figures: Figures) -> control_pb2.Figures:
-    return control_pb2.Figures(worker_id=figures.worker_id, cached_tokens=figures.cached_tokens, ttft_s=figures.ttft_s)
+    return control_pb2.Figures(
+        worker_id=figures.worker_id,
+        cached_tokens=figures.cached_tokens,
+        tokens=figures.tokens,
+        ttft_s=figures.ttft_s,
+    )
 
 
 # Tenants and keys.
