@@ -35,13 +35,17 @@ class Pace:
 
     def __init__(self) -> None:
         self._grew_at: float | None = None
-        #: Between the last two times that it was seen to have grown.
+        #: The fewest blocks by which it has grown: one look may have found several chunks.
+        self._chunk_blocks = 0
+        #: How long the next chunk of so many blocks should take.
         self._chunk_s: float | None = None
         self._pause_s = _PAUSE_MIN_S
 
-    def grew(self, now: float) -> None:
+    def grew(self, now: float, blocks: int) -> None:
+        """A look at `now` found so many more."""
         if self._grew_at is not None:
-            self._chunk_s = now - self._grew_at
+            self._chunk_blocks = min(self._chunk_blocks or blocks, blocks)
+            self._chunk_s = (now - self._grew_at) * self._chunk_blocks / blocks
         self._grew_at = now
 
     def pause_s(self, now: float) -> float:
@@ -79,10 +83,12 @@ class Reading:
             # Not kept while there is nothing to read.
             with self.peer.wire.turn.hold(self.deadline, self.cancel):
                 if not self.handle.block_ids:
+                    looked_at = time.monotonic()
                     self._learn_ids(ids)
+                    if read < len(ids):
+                        pace.grew(looked_at, len(ids) - read)
                 if read < len(ids):
                     self._read(ids[read:], self.pages[read : len(ids)])
-                    pace.grew(time.monotonic())
                     read = len(ids)
                 if read == len(self.pages):
                     self.cancel.check()

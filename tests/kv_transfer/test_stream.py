@@ -308,18 +308,26 @@ def test_a_row_that_names_blocks_outside_the_arena_is_not_followed(owner, reader
 
 def test_it_looks_seldom_while_a_chunk_is_computed_and_often_when_one_is_due():
     pace = Pace()
-    pace.grew(10.0)
-    pace.grew(10.4)
+    pace.grew(10.0, 8)
+    pace.grew(10.4, 8)
     assert pace.pause_s(10.4) == pytest.approx(0.35)
     assert pace.pause_s(10.79) == pytest.approx(0.4 / 32)
     assert pace.pause_s(14.0) == 0.05, "a chunk that is late is waited for with less haste"
 
 
+def test_a_look_that_found_several_chunks_does_not_make_it_look_less_often():
+    pace = Pace()
+    pace.grew(10.0, 8)
+    pace.grew(10.4, 8)
+    pace.grew(11.2, 16)
+    assert pace.pause_s(11.2) == pytest.approx(0.35)
+
+
 def test_it_never_spins():
     pace = Pace()
     assert all(pace.pause_s(now / 1000) >= 0.001 for now in range(100))
-    pace.grew(1.0)
-    pace.grew(1.000001)
+    pace.grew(1.0, 1)
+    pace.grew(1.000001, 1)
     assert all(pace.pause_s(1.0 + now / 1e6) >= 0.001 for now in range(100))
 
 
