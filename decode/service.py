@@ -44,6 +44,7 @@ class DecodeService:
         staged = await self._fetch(order) if order.handle else None
         try:
             if staged:
+                _check_request(staged, order.leg)
                 reply.fetched(staged)
             outputs = self._engine.decode(replace(order.leg, leg_id=engine_leg_id, staged=staged))
         except BaseException:
@@ -72,3 +73,17 @@ class DecodeService:
                 if error.kind is not FailureKind.REJECTED or not await self._ahead.give_way():
                     raise
             return await self._engine.fetch(order.handle, timeout_s)
+
+
+def _check_request(staged: Staged, leg: DecodeLeg) -> None:
+    """Raises LegError unless the bytes are this request's: a handle says for which worker it is, and not for which leg.
+
+    Both are named after their request, "<request>/<attempt>/p" and ".../d"; what engines and transfers add comes after.
+    """
+    transfer, _, word = staged.staged_id.rpartition("#")
+    if word and transfer and _request(transfer) != _request(leg.leg_id):
+        raise LegError(FailureKind.TRANSFER, f"the handle is of transfer {transfer}, this is leg {leg.leg_id}")
+
+
+def _request(leg_id: str) -> str:
+    return leg_id.rsplit("/", 2)[0]

@@ -180,6 +180,7 @@ class Staged:
     Belongs to one leg. Either a decode leg consumes it or `discard` frees it.
     """
 
+    #: "<transfer>#<word>", where the transfer is named like the prefill leg that offered the bytes.
     staged_id: str
     tokens: int
     transport: str

@@ -125,6 +125,27 @@ async def test_staged_bytes_that_the_engine_will_not_take_are_discarded(
     assert engine.discarded == ["h"]
 
 
+async def test_bytes_of_another_request_never_reach_the_scheduler(
+    engine: ScriptedEngine, service: DecodeService
+) -> None:
+    """Of whichever tenant: what the router mixed up must not be decoded."""
+    with pytest.raises(LegError, match=r"of transfer b/4/p~7, this is leg a/1/d") as error:
+        await service.serve(order("a/1/d", b"b/4/p~7#0f"), "a/1/d~1", Heard())
+    assert error.value.kind is FailureKind.TRANSFER
+    assert (engine.begun, engine.discarded) == (["fetch b/4/p~7#0f"], ["b/4/p~7#0f"])
+
+
+async def test_bytes_of_an_earlier_attempt_at_the_request_are_its_own(
+    engine: ScriptedEngine, service: DecodeService
+) -> None:
+    heard = Heard()
+    async with asyncio.TaskGroup() as scope:
+        scope.create_task(service.serve(order("a/b/2/d", b"a/b/1/p~7#0f"), "a/b/2/d~1", heard))
+        await engine.until("begun decode a/b/2/d")
+        engine.push("a/b/2/d", 8, end=True)
+    assert heard.tokens == [8]
+
+
 async def test_an_answer_without_an_end_is_the_engines_failure(engine: ScriptedEngine, service: DecodeService) -> None:
     class Stopping(ScriptedEngine):
         async def _decode(self, leg: DecodeLeg):  # type: ignore[no-untyped-def]
