@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any, TypeVar
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from protos import control_pb2, inference_pb2, worker_link_pb2
@@ -105,7 +104,7 @@ def parse(kind: type[M], data: bytes) -> M:
     except DecodeError:
         pass
     try:
-        for field in _not_utf8(_with_bytes_for_strings(kind).FromString(data)):
+        for field in _not_utf8(_with_bytes_for_strings(kind.DESCRIPTOR).FromString(data)):
             raise Invalid(field, "is not valid UTF-8")
     except DecodeError:
         pass
@@ -113,14 +112,14 @@ def parse(kind: type[M], data: bytes) -> M:
 
 
 @cache
-def _with_bytes_for_strings(kind: type[Message]) -> type[Message]:
+def _with_bytes_for_strings(described: Any) -> type[Message]:
     """The message as it would be if its text fields were bytes: it parses what the real one refuses."""
     pool = descriptor_pool.DescriptorPool()
-    _add(pool, kind.DESCRIPTOR.file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(kind.DESCRIPTOR.full_name))
+    _add(pool, described.file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(described.full_name))
 
 
-def _add(pool: descriptor_pool.DescriptorPool, original: FileDescriptor) -> None:
+def _add(pool: descriptor_pool.DescriptorPool, original: Any) -> None:
     file = descriptor_pb2.FileDescriptorProto()
     original.CopyToProto(file)
     for dependency in original.dependencies:
