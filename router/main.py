@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from protos import worker_link_pb2_grpc
 from router.access import open_access
@@ -38,6 +37,7 @@ from router.edge.http_server import HttpServer
 from router.edge.native import NativeEdge
 from router.edge.openai import OpenAIEdge
 from router.edge.text import ModelText
+from router.grpc_server.server import GrpcServer
 from router.joining import Gate
 from router.links import Links
 from router.metering.journal import Journal
@@ -45,14 +45,6 @@ from router.metrics import RouterCollector, exposition, serve_metrics
 from router.shell import Shell
 
 LINK = "tandem.v1.WorkerLink"
-
-#: A quiet stream and a client's keepalive pings would else earn GOAWAY "too many pings", which kills every call.
-_SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
 
 _METRICS_WAIT_S = 5.0
 #: Records reach the disk this soon; until then they outlive the process, but not the machine.
@@ -122,14 +114,13 @@ async def serve(
     )
     health = health_aio.HealthServicer()
 
-    options = (*_SERVER_OPTIONS, ("grpc.max_receive_message_length", config.requests.message_bytes_max))
-    server = grpc.aio.server(options=options)
+    server = GrpcServer(message_bytes_max=config.requests.message_bytes_max)
     server.add_generic_rpc_handlers((edge.handlers(), operators.handlers()))
-    worker_link_pb2_grpc.add_WorkerLinkServicer_to_server(links, server)
+    worker_link_pb2_grpc.add_WorkerLinkServicer_to_server(links, server)  # type: ignore[arg-type]  # takes what registers handlers
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection(
-        (native.SERVICE, control.SERVICE, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
-    )
+    services = (native.SERVICE, control.SERVICE, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+    reflected = reflection.aio.ReflectionServicer(services)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, server)
     port = _bind(server, config)
     collector = RouterCollector(lambda: _read_on(loop, shell))
     metrics = http = None
@@ -196,12 +187,12 @@ class JournalKeeper:
                 self._journal.rewrite(self._core.rewritten_journal())
 
 
-def _bind(server: grpc.aio.Server, config: RouterConfig) -> int:
-    address = f"{config.host}:{config.port}"
+def _bind(server: GrpcServer, config: RouterConfig) -> int:
     try:
-        return server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise PortTaken(f"port: {address} can't be listened on; is another router up there? ({error})") from None
+        return server.bind(config.host, config.port)
+    except OSError as error:
+        where = f"{config.host}:{config.port}"
+        raise PortTaken(f"port: {where} can't be listened on; is another router up there? ({error})") from None
 
 
 async def _listen(app: OpenAIEdge, config: RouterConfig, port: int) -> HttpServer:
@@ -237,7 +228,7 @@ async def _report_health(health: health_aio.HealthServicer, shell: Shell, core: 
 
 
 async def _stop(
-    server: grpc.aio.Server, health: health_aio.HealthServicer, shell: Shell, links: Links, core: Core, grace_s: float
+    server: GrpcServer, health: health_aio.HealthServicer, shell: Shell, links: Links, core: Core, grace_s: float
 ) -> None:
     await health.enter_graceful_shutdown()
     if shell.fault is not None:

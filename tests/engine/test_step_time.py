@@ -67,3 +67,9 @@ def test_experts_are_read_once_all_are_reached() -> None:
 def test_an_unknown_row_names_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"no row 'tpu'; there are .*h200-llama-3\.1-8b"):
         step_time("tpu")
+
+
+def test_flat_steps_take_one_time_whatever_they_compute() -> None:
+    works = (decode(1, 1), decode(256, 8192), prefill(8192), StepWork(512, 512**2, 8, 800))
+    assert {step_time("flat-12.5ms").step_s(work) for work in works} == {0.0125}
+    assert step_time("flat-12.5ms").step_s(StepWork()) == 0

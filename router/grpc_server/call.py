@@ -1,0 +1,361 @@
+"""One call: what gRPC's API calls a servicer context, over one HTTP/2 stream.
+
+Only what handlers use is here. A handler is cancelled when the client leaves, its connection breaks, or its deadline
+passes; whatever it says after its status was said is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from base64 import b64decode, b64encode
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import quote_from_bytes
+
+import grpc
+
+from router.grpc_server import frames as h2
+
+if TYPE_CHECKING:
+    from router.grpc_server.connection import Connection
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+_BEGIN = b"\x88" + h2.header_block(  # :status 200
+    ((b"content-type", b"application/grpc"), (b"grpc-accept-encoding", b"identity,deflate,gzip"))
+)
+_OK = h2.header_block(((b"grpc-status", b"0"),))
+#: Characters of a status message that need no escape.
+_PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+#: zlib's names for the encodings of messages.
+_WINDOW_BITS = {"gzip": 31, "deflate": 15}
+_UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+#: Timers take no infinity.
+_TIMEOUT_S_MAX = 30 * 24 * 3600.0
+
+
+class Malformed(Exception):
+    """Of the client's making; said as a status."""
+
+    def __init__(self, code: grpc.StatusCode, why: str) -> None:
+        super().__init__(why)
+        self.code = code
+
+
+class Call:
+    def __init__(
+        self,
+        connection: Connection,
+        stream_id: int,
+        metadata: Metadata,
+        *,
+        timeout_s: float | None,
+        encoding: str,
+        message_bytes_max: int,
+        whole: Callable[[Call], None],
+    ) -> None:
+        """`whole` is called when the request has ended, or can't be read."""
+        self.window = 0
+        self.half_closed = False
+        #: The status was said, or nobody is there to hear it.
+        self.over = False
+        #: Runs the handler.
+        self.task: asyncio.Task[None] | None = None
+        self._connection = connection
+        self._stream_id = stream_id
+        self._metadata = metadata
+        self._encoding = encoding
+        self._message_bytes_max = message_bytes_max
+        self._whole = whole
+        self._deserialize: Callable[[bytes], object] = bytes
+        self._serialize: Callable[[object], bytes] = bytes  # type: ignore[assignment]
+        self._began = False
+        self._trailing: Metadata = ()
+        self._code = grpc.StatusCode.OK
+        self._details = ""
+        # Of the request.
+        self._part = b""
+        self._messages: deque[bytes] = deque()
+        self._unread = 0
+        self._ungranted = 0
+        self._came: asyncio.Future[None] | None = None
+        self._broken: Malformed | None = None
+        # Of the answer, while there is no room for it.
+        self._writing: asyncio.Lock | None = None
+        loop = asyncio.get_running_loop()
+        self._deadline = None if timeout_s is None else loop.time() + min(timeout_s, _TIMEOUT_S_MAX)
+        self._timer = None if self._deadline is None else loop.call_at(self._deadline, self._expire)
+
+    def serve(
+        self,
+        task: asyncio.Task[None],
+        deserialize: Callable[[bytes], object] | None,
+        serialize: Callable[[object], bytes] | None,
+    ) -> None:
+        self.task = task
+        task.add_done_callback(lambda _: self.end())  # also of one that is cancelled before it begins
+        self._deserialize = deserialize or bytes
+        self._serialize = serialize or bytes  # type: ignore[assignment]
+
+    # The connection's side.
+
+    def received(self, data: bytes, *, end: bool) -> None:
+        if self._broken is not None:
+            self._connection.unread -= len(data)
+            return
+        self._unread += len(data)
+        self._ungranted += len(data)
+        try:
+            self._split(self._part + data if self._part else data)
+            if end and self._part:
+                raise Malformed(grpc.StatusCode.INTERNAL, "the request ended in the middle of a message")
+        except Malformed as error:
+            self._broken = error
+        self.half_closed = end
+        if end or self._broken is not None:
+            self._whole(self)
+        elif not self._messages:
+            self._grant()
+        if self._came is not None and not self._came.done():
+            self._came.set_result(None)
+
+    def _split(self, data: bytes) -> None:
+        at = 0
+        while len(data) - at >= 5:
+            size = int.from_bytes(data[at + 1 : at + 5])
+            if size > self._message_bytes_max:
+                why = f"Received message larger than max ({size} vs. {self._message_bytes_max})"
+                raise Malformed(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
+            if len(data) - at - 5 < size:
+                break
+            message = data[at + 5 : at + 5 + size]
+            self._messages.append(self._decompressed(message) if data[at] else message)
+            at += 5 + size
+        self._part = data[at:]
+
+    def _decompressed(self, message: bytes) -> bytes:
+        if self._encoding not in _WINDOW_BITS:
+            raise Malformed(grpc.StatusCode.INTERNAL, f"a compressed message, and grpc-encoding is {self._encoding!r}")
+        inflate = zlib.decompressobj(_WINDOW_BITS[self._encoding])
+        try:
+            plain = inflate.decompress(message, self._message_bytes_max)
+        except zlib.error as error:
+            raise Malformed(grpc.StatusCode.INTERNAL, f"a message can't be decompressed: {error}") from None
+        if not inflate.eof:
+            raise Malformed(grpc.StatusCode.RESOURCE_EXHAUSTED, "a message is too large when decompressed, or cut off")
+        return plain
+
+    def cancel(self) -> None:
+        """The client has left."""
+        self.over = True
+        if self.task is not None:
+            self.task.cancel()
+        else:
+            self.end()
+
+    def _expire(self) -> None:
+        if not self.over:
+            self.say_status(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed", ())
+            self.cancel()
+
+    def _grant(self) -> None:
+        granted, self._ungranted = self._ungranted, 0
+        self._connection.grant(self._stream_id, granted, more=not self.half_closed)
+
+    # The server's side.
+
+    def end(self) -> None:
+        """Nothing runs for it any more."""
+        self.over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._connection.unread -= self._unread
+        self._unread = 0
+        self._grant()
+        self._connection.forget(self._stream_id)
+
+    def only_message(self) -> object:
+        """Of a request that is whole. Raises Malformed."""
+        if self._broken is not None:
+            raise self._broken
+        if len(self._messages) != 1:
+            raise Malformed(grpc.StatusCode.UNIMPLEMENTED, f"one message is expected, {len(self._messages)} came")
+        return self._take()
+
+    def _take(self) -> object:
+        message = self._messages.popleft()
+        if not self._messages:
+            self._connection.unread -= self._unread - len(self._part)
+            self._unread = len(self._part)
+            self._grant()
+        try:
+            return self._deserialize(message)
+        except Exception:
+            raise Malformed(grpc.StatusCode.INTERNAL, "the request's message can't be read") from None
+
+    def say_status(self, code: grpc.StatusCode, details: str, metadata: Metadata) -> None:
+        """The answer's end. Nothing happens when it was said, or nobody is there to hear it."""
+        if self.over:
+            return
+        self.over = True
+        block = _OK
+        if code is not grpc.StatusCode.OK or details or metadata:
+            said = [(b"grpc-status", str(code.value[0]).encode())]
+            if details:
+                said.append((b"grpc-message", quote_from_bytes(details.encode(), safe=_PLAIN).encode()))
+            block = h2.header_block((*said, *map(_field, metadata)))
+        connection, stream_id = self._connection, self._stream_id
+        connection.send(h2.headers(stream_id, block if self._began else _BEGIN + block, end=True))
+        if not self.half_closed:  # it need not send the rest
+            connection.reset(stream_id, h2.NO_ERROR)
+
+    def finish(self) -> None:
+        self.say_status(self._code, self._details, self._trailing)
+
+    # For handlers, under gRPC's names.
+
+    def __aiter__(self) -> Call:
+        return self
+
+    async def __anext__(self) -> object:
+        while not self._messages:
+            if self._broken is not None:
+                raise self._broken
+            if self.half_closed:
+                raise StopAsyncIteration
+            self._came = asyncio.get_running_loop().create_future()
+            await self._came
+        return self._take()
+
+    async def read(self) -> object:
+        try:
+            return await self.__anext__()
+        except StopAsyncIteration:
+            return grpc.aio.EOF
+
+    async def write(self, message: object) -> None:
+        """Waits while the client reads nothing. Writes of one call leave in the order they were begun."""
+        data = self._serialize(message)
+        connection = self._connection
+        size = len(data) + 5
+        if self.over:
+            return
+        if (
+            size <= self.window
+            and size <= connection.window
+            and size <= h2.FRAME_BYTES_MAX
+            and not connection.paused
+            and self._writing is None
+        ):
+            self._begin()
+            self.window -= size
+            connection.window -= size
+            connection.send(h2.message_frame(self._stream_id, data))
+        else:
+            await self._write_in_parts(b"\0" + len(data).to_bytes(4) + data)
+
+    async def _write_in_parts(self, data: bytes) -> None:
+        connection = self._connection
+        if self._writing is None:
+            self._writing = asyncio.Lock()
+        async with self._writing:
+            self._begin()
+            at = 0
+            while at < len(data) and not self.over:
+                room = min(self.window, connection.window, h2.FRAME_BYTES_MAX)
+                if room <= 0 or connection.paused:
+                    await connection.room()
+                    continue
+                part = data[at : at + room]
+                at += len(part)
+                self.window -= len(part)
+                connection.window -= len(part)
+                connection.send(h2.frame(h2.DATA, 0, self._stream_id, part))
+        if not self._writing.locked():
+            self._writing = None
+
+    async def send_initial_metadata(self, metadata: Metadata) -> None:
+        self._begin(metadata)
+
+    def _begin(self, metadata: Metadata = ()) -> None:
+        if not self._began and not self.over:
+            self._began = True
+            block = _BEGIN + h2.header_block(map(_field, metadata)) if metadata else _BEGIN
+            self._connection.send(h2.headers(self._stream_id, block))
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
+        self.say_status(code, details, trailing_metadata or self._trailing)
+        raise grpc.aio.AbortError
+
+    def set_trailing_metadata(self, metadata: Metadata) -> None:
+        self._trailing = metadata
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    def set_details(self, details: str) -> None:
+        self._details = details
+
+    def invocation_metadata(self) -> Metadata:
+        return self._metadata
+
+    def time_remaining(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
+
+    def peer(self) -> str:
+        address = self._connection.info("peername")
+        if not isinstance(address, tuple):
+            return "unknown"
+        return f"ipv6:[{address[0]}]:{address[1]}" if ":" in address[0] else f"ipv4:{address[0]}:{address[1]}"
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """A verified certificate's names, as gRPC calls them."""
+        shown = self._connection.info("peercert")
+        if not isinstance(shown, dict):
+            return {}
+        names = shown.get("subjectAltName", ())
+        return {
+            "peer_uri": [value.encode() for kind, value in names if kind == "URI"],
+            "peer_dns": [value.encode() for kind, value in names if kind == "DNS"],
+        }
+
+    def cancelled(self) -> bool:
+        return self.task is not None and self.task.cancelled()
+
+
+def metadata(fields: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str | bytes]]:
+    """What a client added to its call. Raises Malformed."""
+    found: list[tuple[str, str | bytes]] = []
+    for name, value in fields:
+        if name[:1] == b":" or name in _OUR_OWN:
+            continue
+        text = name.decode("ascii", "replace")
+        if text.endswith("-bin"):
+            try:
+                found.append((text, b64decode(value + b"=" * (-len(value) % 4), validate=True)))
+            except ValueError:
+                raise Malformed(grpc.StatusCode.INTERNAL, f"metadata {text} is not base64") from None
+        else:
+            found.append((text, value.decode("latin-1")))
+    return found
+
+
+_OUR_OWN = frozenset((b"te", b"content-type", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding"))
+
+
+def timeout_s(text: str) -> float:
+    """Of `grpc-timeout`. Raises Malformed."""
+    digits, unit = text[:-1], text[-1:]
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= 8 and unit in _UNITS_S):
+        raise Malformed(grpc.StatusCode.INTERNAL, f"grpc-timeout is not a timeout: {text[:20]!r}")
+    return int(digits) * _UNITS_S[unit]
+
+
+def _field(pair: tuple[str, str | bytes]) -> tuple[bytes, bytes]:
+    name, value = pair
+    if name.endswith("-bin"):
+        raw = value if isinstance(value, bytes) else value.encode()
+        return name.encode(), b64encode(raw).rstrip(b"=")
+    return name.encode(), value.encode("latin-1", "replace") if isinstance(value, str) else value
