@@ -114,6 +114,11 @@ class Worker:
         )
         await self.send(prefill_done=done)
 
+    async def decode_all(self, order: worker_link_pb2.DecodeOrder, tokens: tuple[int, ...]) -> None:
+        """Answers in one step."""
+        output = worker_link_pb2.StepOutput(leg_id=order.leg_id, token_ids=tokens, finish_reason=LENGTH)
+        await self.send(step=worker_link_pb2.StepOutputs(outputs=[output]))
+
     async def decode(self, order: worker_link_pb2.DecodeOrder) -> None:
         if order.handle:
             fetched = worker_link_pb2.Fetched(leg_id=order.leg_id, transport="memory", bytes=64, fetch_s=0.001)
