@@ -1,7 +1,7 @@
 """`python -m router CONFIG.json` runs one router; `-` reads the configuration from standard input.
 
 People use `tandem up`, which builds the configuration. The first line on standard
-output is {"port": ..., "metrics_port": ..., "http_port": ...}, once the ports are open."""
+output is {"port": ..., "metrics_port": ..., "http_port": ..., "worker_port": ...}, once the ports are open."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ def _say_where(bound: Bound) -> None:
     # What lives now lives on. Collecting it again and again costs milliseconds in the tail of decisions.
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
-    ports = {"port": bound.port, "metrics_port": bound.metrics_port, "http_port": bound.http_port}
+    ports = {
+        "port": bound.port,
+        "metrics_port": bound.metrics_port,
+        "http_port": bound.http_port,
+        "worker_port": bound.worker_port,
+    }
     print(msgspec.json.encode(ports).decode(), flush=True)
 
 

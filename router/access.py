@@ -7,7 +7,7 @@ import asyncio
 import hmac
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +18,18 @@ from router.edge.jwt import JwtVerifier
 from router.edge.keys import KeyStore, KeyVerifier, read_pepper, read_store
 from router.tenant_admin import KeyFiles, TenantAdmin
 from router.tenants import FileWatch, read_book
+from trust.tls import Tls
 
+_LOOK_INTERVAL_S = 1.0
 _log = logging.getLogger(__name__)
 
 
 class AccessRefused(Exception):
     """A file that says who may call cannot be used."""
+
+
+async def _nothing() -> None:
+    pass
 
 
 @dataclass(slots=True)
@@ -33,8 +39,13 @@ class Access:
     cache_secret: bytes
     #: Called when the book changed.
     on_book: Callable[[TenantBook], None]
+    #: Called after each look at the certificates, for servers that don't look by themselves.
+    on_certificates: Callable[[], Awaitable[None]] = _nothing
     #: Nobody is asked who they are.
     is_open: bool = False
+    #: Of the ports for clients, and of that for workers; None: plaintext.
+    tls: Tls | None = None
+    worker_tls: Tls | None = None
     _tenants: FileWatch[TenantBook] | None = None
     _keys: KeyFiles | None = None
 
@@ -52,6 +63,15 @@ class Access:
                 tasks.create_task(self._tenants.run())
             if self._keys is not None:
                 tasks.create_task(self._keys.watch.run())
+            tasks.create_task(self._watch_certificates())
+
+    async def _watch_certificates(self) -> None:
+        """Servers look for themselves; this tells of files that can't be used before somebody connects."""
+        while True:
+            await asyncio.sleep(_LOOK_INTERVAL_S)
+            for tls in filter(None, (self.tls, self.worker_tls)):
+                await asyncio.to_thread(tls.refresh)
+            await self.on_certificates()
 
 
 def open_access(config: RouterConfig) -> Access:
@@ -66,7 +86,13 @@ def _open_access(config: RouterConfig) -> Access:
     auth = config.auth
     verifiers: list[Verifier] = [Operator(config.operator_key_hash)] if config.operator_key_hash else []
     book = TenantBook.open()
-    access = Access(Authenticator(verifiers, book), secrets.token_bytes(32), lambda book: None)
+    access = Access(
+        Authenticator(verifiers, book),
+        secrets.token_bytes(32),
+        lambda book: None,
+        tls=Tls(config.tls) if config.tls.serves else None,
+        worker_tls=Tls(config.worker_tls) if config.worker_tls.serves else None,
+    )
     if auth.mode != "none" and auth.keys_file:
         pepper = read_pepper(auth.pepper_path)
         # The same for every router of these keys, so that what is cached for one is cached for all.

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,22 +29,31 @@ from router.core.budget import Record
 from router.core.core import Core
 from router.core.snapshot import Snapshot
 from router.core.stats import Stats
-from router.edge import control, native
+from router.edge import control, kserve, native, orca, vllm_engine
 from router.edge.chat import ChatTemplate
 from router.edge.control import ControlEdge
 from router.edge.generate import Generator
 from router.edge.http_server import HttpServer
+from router.edge.kserve import KServeEdge
+from router.edge.metrics import MetricsEdge
 from router.edge.native import NativeEdge
 from router.edge.openai import OpenAIEdge
+from router.edge.orca import LoadReports, OrcaEdge
+from router.edge.reflection import EveryPool
 from router.edge.text import ModelText
+from router.edge.vllm_engine import VllmEngineEdge
+from router.edge.vllm_engine_wire import Model
 from router.grpc_server.server import GrpcServer
 from router.joining import Gate
 from router.links import Links
 from router.metering.journal import Journal
-from router.metrics import RouterCollector, exposition, serve_metrics
+from router.metrics import RouterCollector, access_metrics, exposition
 from router.shell import Shell
+from trust.tls import Tls, expires
 
 LINK = "tandem.v1.WorkerLink"
+#: Services that generate.
+CLIENTS = (native.SERVICE, kserve.SERVICE, vllm_engine.SERVICE)
 
 _METRICS_WAIT_S = 5.0
 #: Records reach the disk this soon; until then they outlive the process, but not the machine.
@@ -63,6 +72,8 @@ class Bound:
     port: int
     metrics_port: int | None
     http_port: int | None = None
+    #: Where workers have one of their own.
+    worker_port: int | None = None
 
 
 class PortTaken(Exception):
@@ -104,7 +115,8 @@ async def serve(
     shell.attach(links)
     access.on_book = lambda book: shell.handle(ev.TenantsChanged(book))
     generator = Generator(shell, texts, config.requests, access.authenticator)
-    edge = NativeEdge(generator)
+    loads = LoadReports(shell.snapshot)
+    edge = NativeEdge(generator, loads)
     operators = ControlEdge(
         shell,
         access.authenticator,
@@ -112,20 +124,56 @@ async def serve(
         router_id=config.router_id,
         uptime_s=lambda: time.monotonic() - began,
     )
+    foreign = (
+        KServeEdge(
+            generator,
+            access.authenticator,
+            loads,
+            lambda: shell.stats,
+            version=version("tandem"),
+            streamed_at_once=config.requests.answers_max,
+        ),
+        VllmEngineEdge(
+            generator,
+            access.authenticator,
+            loads,
+            shell.snapshot,
+            Model(model_dir),
+            version=version("tandem"),
+            answers_max=config.requests.answers_max,
+            uptime_s=lambda: time.monotonic() - began,
+        ),
+        OrcaEdge(loads),
+    )
     health = health_aio.HealthServicer()
 
     server = GrpcServer(message_bytes_max=config.requests.message_bytes_max)
-    server.add_generic_rpc_handlers((edge.handlers(), operators.handlers()))
-    worker_link_pb2_grpc.add_WorkerLinkServicer_to_server(links, server)  # type: ignore[arg-type]  # takes what registers handlers
+    server.add_generic_rpc_handlers((edge.handlers(), operators.handlers(), *(one.handlers() for one in foreign)))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    services = (native.SERVICE, control.SERVICE, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-    reflected = reflection.aio.ReflectionServicer(services)
+    services = (*CLIENTS, control.SERVICE, orca.SERVICE, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+    reflected = reflection.aio.ReflectionServicer(services, pool=EveryPool())
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, server)
-    port = _bind(server, config)
-    collector = RouterCollector(lambda: _read_on(loop, shell))
+    port = _bind(server, "port", config.host, config.port, access.tls)
+    servers, worker_port = [server], None
+    if config.worker_listen:
+        servers.append(GrpcServer(message_bytes_max=config.requests.message_bytes_max))
+        health_pb2_grpc.add_HealthServicer_to_server(health, servers[-1])
+        host, _, asked = config.worker_listen.rpartition(":")
+        worker_port = _bind(servers[-1], "worker_listen", host, int(asked), access.worker_tls)
+    worker_link_pb2_grpc.add_WorkerLinkServicer_to_server(links, servers[-1])  # type: ignore[arg-type]  # takes what registers handlers
+    collector = RouterCollector(
+        lambda: _read_on(loop, shell),
+        lambda: access_metrics(
+            is_open=access.is_open,
+            joins_are_open=gate.is_open,
+            refused={"credentials": access.authenticator.refusals.told(), "joins": links.refusals.told()},
+            expires={"clients": expires(access.tls), "workers": expires(access.worker_tls)},
+        ),
+    )
     metrics = http = None
     if config.metrics_port is not None:
-        metrics, _ = serve_metrics(collector, config.host, config.metrics_port)
+        metrics = HttpServer(MetricsEdge(exposition(collector)), config.http, access.tls)
+        await _listen(metrics, "metrics_port", config.host, config.metrics_port)
     if config.http_port is not None:
         app = OpenAIEdge(
             generator,
@@ -136,15 +184,28 @@ async def serve(
             version=version("tandem"),
             metrics=exposition(collector),
         )
-        http = await _listen(app, config, config.http_port)
+        http = HttpServer(app, config.http, access.tls)
+        await _listen(http, "http_port", config.host, config.http_port)
 
     if asked_to_stop is None:
         asked_to_stop = asyncio.Event()
         _on_signals(loop, asked_to_stop)
     shell.on_fault = asked_to_stop.set
-    await server.start()
+    pages = [one for one in (http, metrics) if one is not None]
+
+    async def renew() -> None:
+        for page in pages:
+            await page.renew()
+
+    access.on_certificates = renew
+    if gate.is_open:
+        _log.warning(
+            "OPEN TO WORKERS: whoever reaches %s may join and be given prompts; join_key changes that", config.host
+        )
+    for one in servers:
+        await one.start()
     try:
-        on_ready(Bound(port, metrics.server_port if metrics else None, http.port if http else None))
+        on_ready(Bound(port, metrics.port if metrics else None, http.port if http else None, worker_port))
         async with asyncio.TaskGroup() as tasks:
             reporter = tasks.create_task(_report_health(health, shell, core, config.model_name))
             background = [reporter, tasks.create_task(access.watch())]
@@ -153,14 +214,12 @@ async def serve(
             await asked_to_stop.wait()
             for task in background:
                 task.cancel()
-        await _stop(server, health, shell, links, core, config.shutdown_grace_s)
+        await _stop(servers, health, shell, links, core, config.shutdown_grace_s)
     finally:
-        if http is not None:
-            await http.close(_LAST_WORDS_S)
+        for page in pages:
+            await page.close(_LAST_WORDS_S)
         shell.stop()
         generator.close()
-        if metrics is not None:
-            metrics.shutdown()
         if journal is not None:
             journal.close()
 
@@ -187,21 +246,18 @@ class JournalKeeper:
                 self._journal.rewrite(self._core.rewritten_journal())
 
 
-def _bind(server: GrpcServer, config: RouterConfig) -> int:
+def _bind(server: GrpcServer, key: str, host: str, port: int, tls: Tls | None) -> int:
     try:
-        return server.bind(config.host, config.port)
+        return server.bind(host, port, None if tls is None else lambda: tls.server_context("h2"))
     except OSError as error:
-        where = f"{config.host}:{config.port}"
-        raise PortTaken(f"port: {where} can't be listened on; is another router up there? ({error})") from None
+        raise PortTaken(f"{key}: {host}:{port} can't be listened on; is another router up there? ({error})") from None
 
 
-async def _listen(app: OpenAIEdge, config: RouterConfig, port: int) -> HttpServer:
-    http = HttpServer(app, config.http)
+async def _listen(http: HttpServer, key: str, host: str, port: int) -> None:
     try:
-        await http.listen(config.host, port)
+        await http.listen(host, port)
     except OSError as error:
-        raise PortTaken(f"http_port: {config.host}:{port} can't be listened on: {error}") from None
-    return http
+        raise PortTaken(f"{key}: {host}:{port} can't be listened on: {error}") from None
 
 
 def _read_on(loop: asyncio.AbstractEventLoop, shell: Shell) -> tuple[Stats, Snapshot]:
@@ -221,14 +277,19 @@ async def _report_health(health: health_aio.HealthServicer, shell: Shell, core: 
     await health.set(control.SERVICE, health_pb2.HealthCheckResponse.SERVING)
     while True:
         serving = health_pb2.HealthCheckResponse.ServingStatus.Value("SERVING" if core.serves(model) else "NOT_SERVING")
-        for name in ("", native.SERVICE):
+        for name in ("", *CLIENTS):
             await health.set(name, serving)
         await changed.wait()
         changed.clear()
 
 
 async def _stop(
-    server: GrpcServer, health: health_aio.HealthServicer, shell: Shell, links: Links, core: Core, grace_s: float
+    servers: Sequence[GrpcServer],
+    health: health_aio.HealthServicer,
+    shell: Shell,
+    links: Links,
+    core: Core,
+    grace_s: float,
 ) -> None:
     await health.enter_graceful_shutdown()
     if shell.fault is not None:
@@ -240,7 +301,8 @@ async def _stop(
             await shell.idle()
     shell.handle(ev.ShutdownRequested(final=True))
     links.close_all("the router stops")
-    await server.stop(_LAST_WORDS_S)
+    for server in servers:
+        await server.stop(_LAST_WORDS_S)
 
 
 def _on_signals(loop: asyncio.AbstractEventLoop, asked_to_stop: asyncio.Event) -> None:

@@ -5,12 +5,10 @@ Names are `tandem_<noun>_<unit>` in base units. No label's values can be chosen 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -50,13 +48,17 @@ _WORKER_GAUGES: dict[str, tuple[str, Callable[[WorkerView], float]]] = {
 class RouterCollector(Collector):
     """`read` is called on the exporter's thread and must be safe there."""
 
-    def __init__(self, read: Callable[[], tuple[Stats, Snapshot]]) -> None:
+    def __init__(
+        self, read: Callable[[], tuple[Stats, Snapshot]], access: Callable[[], Iterable[Metric]] = lambda: ()
+    ) -> None:
         self._read = read
+        self._access = access
 
     def collect(self) -> Iterable[Metric]:
         stats, snapshot = self._read()
         yield from _counters(stats)
         yield from _gauges(snapshot)
+        yield from self._access()
         for name, (field, text) in _HISTOGRAMS.items():
             yield _histogram(f"tandem_{name}_seconds", text, getattr(stats, field))
 
@@ -94,18 +96,35 @@ def _lanes(snapshot: Snapshot) -> Metric:
     return family
 
 
+def access_metrics(
+    *,
+    is_open: bool,
+    joins_are_open: bool,
+    refused: Mapping[str, Mapping[str, int]],
+    expires: Mapping[str, float | None],
+) -> Iterator[Metric]:
+    """`refused`: of what, for which reason, how often. `expires`: of which ports' certificate, when."""
+    yield GaugeMetricFamily("tandem_unauthenticated", "1 while callers are not asked who they are", value=is_open)
+    yield GaugeMetricFamily("tandem_joins_open", "1 while anybody may be a worker", value=joins_are_open)
+    family = CounterMetricFamily("tandem_refused", "Strangers turned away", labels=["what", "reason"])
+    for what, reasons in refused.items():
+        for reason, count in reasons.items():
+            family.add_metric([what, reason], count)
+    yield family
+    ends = GaugeMetricFamily(
+        "tandem_certificate_expiry_timestamp_seconds", "When the certificate in force ends", labels=["port"]
+    )
+    for port, moment in expires.items():
+        if moment is not None:
+            ends.add_metric([port], moment)
+    yield ends
+
+
 def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
     bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
     cumulative = accumulate(histogram.counts)
     buckets = list(zip(bounds, map(float, cumulative), strict=True))
     return HistogramMetricFamily(name, text, buckets=buckets, sum_value=histogram.sum)
-
-
-def serve_metrics(collector: Collector, host: str, port: int) -> tuple[WSGIServer, Thread]:
-    """Serves /metrics on a thread of its own; port 0 takes a free one (`server.server_port`)."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(collector)
-    return start_http_server(port, addr=host, registry=registry)
 
 
 def exposition(collector: Collector) -> Callable[[], bytes]:

@@ -65,6 +65,10 @@ class Refusals:
         _log.warning("%s refused:%s from %s: %s: %s%s", self._what, named, source, error.reason, error.message, more)
         return 0.0
 
+    def told(self) -> dict[str, int]:
+        """How often, by reason. From any thread."""
+        return dict(self.counts)
+
 
 def source_of(peer: str) -> str:
     """From gRPC's name of a peer (`ipv4:127.0.0.1:40000`) or a plain address."""

@@ -180,6 +180,8 @@ class Tls:
         self._seen = _signature(files)
         self._looked_at = time.monotonic()
         self._material = load(files)
+        #: By the protocols that they speak, and of which material they are.
+        self._contexts: dict[tuple[str, ...], tuple[Material, ssl.SSLContext]] = {}
 
     @property
     def material(self) -> Material:
@@ -238,32 +240,67 @@ class Tls:
         name = self.files.server_name
         return [("grpc.ssl_target_name_override", name)] if name else []
 
-    # Sockets. Raise TlsRefused when the files have changed since `refresh` and can't be used now.
+    # Sockets. The same context until the files change; ask again for each connection.
 
-    def server_context(self) -> ssl.SSLContext:
-        """Asks for clients' certificates where there is an authority for them."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        if self.files.ca:
-            context.verify_mode = ssl.CERT_REQUIRED if self.files.require_client_cert else ssl.CERT_OPTIONAL
-        return self._filled(context)
+    def server_context(self, *protocols: str) -> ssl.SSLContext:
+        """For servers that offer these protocols (ALPN). Asks for clients' certificates where there is an authority for
+        them."""
+        self.refresh()
+        with self._lock:
+            return self._context(protocols)
 
     def client_context(self) -> ssl.SSLContext:
         """Check against `files.server_name` where it is set."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        if not self.files.ca:
-            context.load_default_certs()
-        return self._filled(context)
+        self.refresh()
+        with self._lock:
+            return self._context(_CLIENT)
 
-    def _filled(self, context: ssl.SSLContext) -> ssl.SSLContext:
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        try:
-            if self.files.ca:
-                context.load_verify_locations(self.files.ca)
-            if self.files.cert:
-                context.load_cert_chain(self.files.cert, self.files.key)
-        except (OSError, ssl.SSLError) as error:
-            raise TlsRefused(f"{self.files.cert}, {self.files.ca}: {error}") from None
-        return context
+    def _context(self, protocols: tuple[str, ...]) -> ssl.SSLContext:
+        made = self._contexts.get(protocols)
+        if made is None or made[0] is not self._material:
+            try:
+                made = self._material, _made(self.files, protocols)
+            except TlsRefused:
+                # The files have changed again since they were read. The next look tells of it, and asks again.
+                if made is None:
+                    raise
+                return made[1]
+            self._contexts[protocols] = made
+        return made[1]
+
+
+#: Stands for what clients speak.
+_CLIENT = ("client",)
+
+
+def _made(files: TlsFiles, protocols: tuple[str, ...]) -> ssl.SSLContext:
+    if protocols is _CLIENT:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if not files.ca:
+            context.load_default_certs()
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if files.ca:
+            context.verify_mode = ssl.CERT_REQUIRED if files.require_client_cert else ssl.CERT_OPTIONAL
+        # A resumed session would be of the certificates of long ago.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
+        if protocols:
+            context.set_alpn_protocols(list(protocols))
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        if files.ca:
+            context.load_verify_locations(files.ca)
+        if files.cert:
+            context.load_cert_chain(files.cert, files.key)
+    except (OSError, ssl.SSLError) as error:
+        raise TlsRefused(f"{files.cert}, {files.ca}: {error}") from None
+    return context
+
+
+def expires(tls: Tls | None) -> float | None:
+    """When the certificate in force ends, in seconds since 1970."""
+    return None if tls is None else tls.material.expires
 
 
 def _configuration(material: Material) -> grpc.ServerCertificateConfiguration:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from email.utils import formatdate
@@ -22,7 +23,7 @@ from uvicorn.server import ServerState
 from router.config import HttpLimits
 from router.core.errors import Invalid, TandemError
 from router.edge.errors import BodyTooLarge, BodyTooSlow, http_status, openai_error
-from trust.tls import Material, Tls, TlsRefused
+from trust.tls import Tls
 
 #: Of a body past the limit so much is read, and thrown away, before its sender is told: clients that still write
 #: rarely read, and see a broken connection.
@@ -41,7 +42,6 @@ _DONE = b"data: [DONE]\n\n"
 
 # uvicorn warns of every malformed request, which would let a client write our log.
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-_log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
@@ -183,7 +183,7 @@ class HttpServer:
         self._limits = limits
         self._tls = tls
         #: What new connections get.
-        self._material: Material | None = None
+        self._context: ssl.SSLContext | None = None
         self._config = Config(
             app,
             http=_Connection,
@@ -201,7 +201,7 @@ class HttpServer:
         self.port = 0
 
     async def listen(self, host: str, port: int) -> None:
-        """Raises OSError, TlsRefused."""
+        """Raises OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=self._config.backlog)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio sets it for its own only
@@ -213,9 +213,7 @@ class HttpServer:
         assert self._listener is not None
         context = None
         if self._tls is not None:
-            self._material = self._tls.refresh()
-            context = self._tls.server_context()
-            context.set_alpn_protocols(["http/1.1"])
+            self._context = context = self._tls.server_context("http/1.1")
         return await asyncio.get_running_loop().create_server(
             self._connection,
             sock=self._listener.dup(),  # so that another may take its place
@@ -226,15 +224,10 @@ class HttpServer:
 
     async def renew(self) -> None:
         """New connections get what the TLS files hold now; open ones go on. None is lost: both accept meanwhile."""
-        if self._tls is None or self._server is None or self._tls.refresh() is self._material:
+        if self._tls is None or self._server is None or self._tls.server_context("http/1.1") is self._context:
             return
-        try:
-            fresh = await self._serve()
-        except TlsRefused as refused:  # just being written; told by the next look, too
-            _log.warning("HTTP goes on with the certificate before: %s", refused)
-            return
-        self._server.close()
-        self._server = fresh
+        before, self._server = self._server, await self._serve()
+        before.close()
 
     def _connection(self) -> _Connection:
         return _Connection(self._config, self._state, self._limits)

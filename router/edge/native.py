@@ -8,13 +8,15 @@ from router.edge import wire
 from router.edge.errors import answer
 from router.edge.generate import Generator, Part, Wanted
 from router.edge.identity import Presented, presented
+from router.edge.orca import LoadReports
 
 SERVICE = "tandem.v1.Inference"
 
 
 class NativeEdge:
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, loads: LoadReports) -> None:
         self._generator = generator
+        self._loads = loads
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Takes and gives bytes: protobuf's refusals must be answered by us, see `wire.generate_request`."""
@@ -65,6 +67,7 @@ class NativeEdge:
                         await context.write(delta.SerializeToString())
             finally:
                 stream.close()
+            context.set_trailing_metadata(self._loads.trailer())
 
         await answer(context, generate)
 

@@ -1,12 +1,10 @@
 """What /metrics says is what the core counted."""
 
-from urllib.request import urlopen
-
 from router.core.lifecycle import State as Life
 from router.core.snapshot import Snapshot, WorkerView
 from router.core.stats import Stats
 from router.core.worker import Capacity, KvEndpoint, Load, ModelFacts, PeerLane, Role, WorkerFacts
-from router.metrics import RouterCollector, serve_metrics
+from router.metrics import RouterCollector, exposition
 
 MODEL = ModelFacts(name="m", revision="r", max_model_len=4096, vocab_size=4096)
 WORKER = WorkerView(
@@ -34,14 +32,7 @@ def test_the_page_holds_counters_gauges_and_cumulative_buckets() -> None:
     for ttft_s in (0.003, 0.004, 100.0):
         stats.ttft_s.observe(ttft_s)
     snapshot = Snapshot(workers=(WORKER,), queued=4, running=3, queued_tokens=900, requests=(), outcomes={})
-    server, thread = serve_metrics(RouterCollector(lambda: (stats, snapshot)), "127.0.0.1", 0)
-    try:
-        with urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=10) as response:
-            page = response.read().decode()
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
+    page = exposition(RouterCollector(lambda: (stats, snapshot)))().decode()
     lines = set(page.splitlines())
     assert {
         'tandem_requests_total{outcome="finished"} 2.0',
