@@ -367,4 +367,4 @@ def _no_version(name: str, version: str) -> NotFound:
 
 
 def _presented(context: Context) -> Presented:
-    return presented(context.invocation_metadata(), context.auth_context())
+    return presented(context.invocation_metadata(), context.auth_context(), peer=context.peer())

@@ -193,4 +193,4 @@ def _unary(do: Callable[[bytes, Context], Awaitable[bytes]]) -> grpc.RpcMethodHa
 
 
 def _presented(context: Context) -> Presented:
-    return presented(context.invocation_metadata(), context.auth_context())
+    return presented(context.invocation_metadata(), context.auth_context(), peer=context.peer())
