@@ -48,6 +48,8 @@ class Admitted:
     prompt_tokens: int
     output_tokens: int
     plan: PricePlan | None
+    #: When, in seconds since 1970.
+    wall_s: float
     waits: bool = True
     tokens_epoch: int = 0
     #: In the budgets; 0 when its tenant has none.
@@ -113,7 +115,7 @@ class Admission:
         assert tenant is not None
         account = self._account(now, tenant)
         prompt, output = len(request.prompt), request.sampling.max_tokens
-        admitted = Admitted(account, prompt, output, account.plan)
+        admitted = Admitted(account, prompt, output, account.plan, self.budgets.wall_s(now))
         account.waiting += 1
         account.waiting_tokens += prompt
         if account.requests is not None:
@@ -129,7 +131,7 @@ class Admission:
             tokens=prompt + output,
             money_micros=_dearest(account.plan, prompt, output),
         )
-        admitted.reservation = record.reservation
+        admitted.reservation, admitted.wall_s = record.reservation, record.wall_s
         return admitted, record
 
     def dispatched(self, admitted: Admitted) -> None:

@@ -24,6 +24,7 @@ from enum import Enum
 from math import inf
 
 from router.core.tenant import Budget, Period, Tenant
+from router.core.usage import record_id
 
 #: Output tokens granted at a time.
 GRANT_TOKENS = 64
@@ -62,6 +63,11 @@ class Reservation:
     money_micros: int
     granted_tokens: int = 0
     granted_micros: int = 0
+
+    @property
+    def record_id(self) -> str:
+        """Of its usage."""
+        return record_id(self.request_id, self.wall_s)
 
 
 @dataclass(slots=True, eq=False)
@@ -125,7 +131,7 @@ class Budgets:
                 number=self._number + 1,
                 step=Step.RESERVE,
                 tenant=tenant,
-                wall_s=self._wall_s(now),
+                wall_s=self.wall_s(now),
                 tokens=tokens,
                 money_micros=money_micros,
                 reservation=self._number + 1,
@@ -141,7 +147,7 @@ class Budgets:
 
     def balances(self, now: float, tenant: Tenant) -> tuple[Balance, ...]:
         """Settled and reserved, by budget."""
-        wall_s = self._wall_s(now)
+        wall_s = self.wall_s(now)
         found = []
         for budget in tenant.budgets:
             start, end = self._bounds_of(budget.period, wall_s)
@@ -167,7 +173,7 @@ class Budgets:
             assert 0 <= held.granted_micros <= held.money_micros
         assert all(record.tokens >= 0 and record.money_micros >= 0 for record in self._settled())
 
-    def _wall_s(self, now: float) -> float:
+    def wall_s(self, now: float) -> float:
         return max(now + self.wall_offset_s, self._latest_wall_s)
 
     def _short(self, now: float, tenant: Tenant, tokens: int, money_micros: int) -> Iterator[Exhausted]:

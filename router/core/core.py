@@ -15,13 +15,15 @@ Four rules hold everywhere below:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from router.core import effects as fx
 from router.core import events as ev
 from router.core.admission import Admission
-from router.core.budget import Budgets, Record, Reservation
+from router.core.billing import usage_of, usage_of_lost
+from router.core.budget import Budgets, Record
 from router.core.effects import Effect, Emit, Failed, Finished, Tokens
 from router.core.errors import (
     Cancelled,
@@ -60,7 +62,7 @@ from router.core.stats import Stats
 from router.core.story import Placed, Story
 from router.core.tenant import SELECTORS_MAX, Selector, Tenant, TenantBook
 from router.core.timers import Kind, Timer, Timers
-from router.core.usage import UsageFacts
+from router.core.usage import UsageFacts, Used
 from router.core.worker import Role, WorkerFacts, misfit
 
 
@@ -77,10 +79,12 @@ class Core:
         cache_secret: bytes = b"",
         wall_offset_s: float = 0.0,
         records: Iterable[Record] = (),
+        recorded: Mapping[str, Used] = MappingProxyType({}),
     ) -> None:
         """`cache_secret`: cache salts are derived from it and no request's own is used. `wall_offset_s`: added to `now`
         it gives seconds since 1970. `records`: what a core before this one had journaled; the first `handle` also
-        returns what follows from it."""
+        returns what follows from it. `recorded`: of the reservations that they leave open, by record id, those whose
+        usage was recorded already."""
         self.limits = limits
         self.stats = Stats()
         book = book or TenantBook.open()
@@ -128,7 +132,7 @@ class Core:
         for model in models:
             self.state.pool(now, model)
             self._timers.set(now + limits.path_wait_s, Kind.PATIENCE, model)
-        self._settle_lost()
+        self._settle_lost(recorded)
 
     # The contract.
 
@@ -920,46 +924,21 @@ class Core:
             stats.completion_tokens += len(opened.generated)
 
     def _settle(self, now: float, opened: OpenRequest, cost: float, completion_tokens: int) -> UsageFacts | None:
-        admitted, request = opened.admitted, opened.request
+        admitted = opened.admitted
         assert admitted is not None
-        prompt_tokens = _billed_prompt(opened)
-        cached_tokens = min(opened.cached_tokens, prompt_tokens) if opened.prompt_done else 0
-        plan = admitted.plan
+        usage = usage_of(now, opened, cost, completion_tokens, self.admission.budgets.wall_s(now))
+        record = self.admission.settle(
+            admitted,
+            prompt_tokens=usage.prompt_tokens,
+            output_tokens=usage.completion_tokens,
+            money_micros=usage.money_micros,
+        )
         begun = opened.dispatched_at is not None
-        money = 0
-        if plan is not None and prompt_tokens:
-            money = plan.price_micros(
-                prompt_tokens=prompt_tokens, cached_prompt_tokens=cached_tokens, completion_tokens=completion_tokens
-            )
-        self._journal(
-            self.admission.settle(
-                admitted, prompt_tokens=prompt_tokens, output_tokens=completion_tokens, money_micros=money
-            )
-        )
-        if not begun:
-            return None
-        usage = UsageFacts(
-            request_id=request.request_id,
-            tenant=admitted.tenant,
-            model=request.model,
-            lane=request.lane,
-            outcome=opened.state,
-            prompt_tokens=prompt_tokens,
-            cached_prompt_tokens=cached_tokens,
-            completion_tokens=completion_tokens,
-            money_micros=money,
-            price_plan="" if plan is None else plan.name,
-            price_plan_version="" if plan is None else plan.version,
-            prefill_tokens_computed=opened.computed_tokens,
-            cost=cost,
-            retries=opened.retries,
-            preemptions=opened.preemptions,
-            transfer_bytes=opened.transfer_bytes,
-            queue_s=opened.dispatched_at - request.arrival if opened.dispatched_at is not None else 0.0,
-            total_s=now - request.arrival,
-        )
-        self._effects.append(fx.UsageRecorded(usage))
-        return usage
+        if begun:
+            # Before the budget knows: whoever finds a reservation open and its usage recorded settles it by that.
+            self._effects.append(fx.UsageRecorded(usage))
+        self._journal(record)
+        return usage if begun else None
 
     def _grant(self, opened: OpenRequest, output_tokens: int) -> None:
         if opened.admitted is not None and opened.admitted.reservation:
@@ -969,13 +948,17 @@ class Core:
         if record is not None:
             self._effects.append(fx.Journal(record))
 
-    def _settle_lost(self) -> None:
-        """What the core before this one had open has ended with it. It is charged what it may have used at most."""
+    def _settle_lost(self, recorded: Mapping[str, Used]) -> None:
+        """What the core before this one had open has ended with it. It is charged what was recorded of it, else what
+        it may have used at most."""
         budgets = self.admission.budgets
         for held in budgets.open:
-            self._journal(budgets.settle(held.number, tokens=held.granted_tokens, money_micros=held.granted_micros))
-            if held.granted_tokens:
-                self._effects.append(fx.UsageRecorded(_lost(held)))
+            used = recorded.get(held.record_id)
+            if used is None:
+                used = Used(held.granted_tokens, held.granted_micros)
+                if held.granted_tokens:
+                    self._effects.append(fx.UsageRecorded(usage_of_lost(held, budgets.wall_s(self._now))))
+            self._journal(budgets.settle(held.number, tokens=used.tokens, money_micros=used.money_micros))
 
     def _timings(self, now: float, opened: OpenRequest) -> Timings:
         arrival = opened.request.arrival
@@ -1071,29 +1054,4 @@ def _arrival_note(request: GenerationRequest, ahead: Ahead | None) -> str:
     return (
         f"{text}; before it {ahead.own_requests} of its own (cost {ahead.own_cost:.0f}) and {ahead.others_requests} of "
         f"others (cost {ahead.others_cost:.0f}); predicted wait {ahead.wait_s:.2f} s"
-    )
-
-
-def _billed_prompt(opened: OpenRequest) -> int:
-    """All of it once it was computed. Of one that the client gave up, or had no more time for, what was computed; of
-    one that failed, nothing."""
-    if opened.prompt_done:
-        return len(opened.request.prompt)
-    if opened.state in (Life.CANCELLED, Life.EXPIRED):
-        return min(len(opened.request.prompt), opened.charged_prompt_tokens)
-    return 0
-
-
-def _lost(held: Reservation) -> UsageFacts:
-    return UsageFacts(
-        request_id=held.request_id,
-        tenant=held.tenant,
-        model="",
-        lane=Lane.STANDARD,
-        outcome=Life.FAILED,
-        prompt_tokens=held.granted_tokens,
-        cached_prompt_tokens=0,
-        completion_tokens=0,
-        money_micros=held.granted_micros,
-        estimated=True,
     )

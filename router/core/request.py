@@ -83,6 +83,8 @@ class GenerationRequest:
     arrival: float
     deadline: float
     tenant: str = "default"
+    #: Names the credential it came with; not secret.
+    key_id: str = ""
     lane: Lane = Lane.STANDARD
     cache_salt: bytes = b""
 

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.core.lifecycle import State
 from router.core.request import Lane
+
+
+class Used(NamedTuple):
+    """What a record of usage settles a reservation at."""
+
+    tokens: int
+    money_micros: int
+
+
+def record_id(request_id: str, admitted_wall_s: float) -> str:
+    """Clients may use a request's id again, but not while it is open."""
+    return f"{request_id}@{admitted_wall_s:.6f}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,11 +27,17 @@ class UsageFacts:
     ended while its prompt was being computed, the part that was. What retries and preemptions computed again is not
     billed, but what was computed in failed attempts counts in the tenant's share (`cost`)."""
 
+    #: Of this one ended request, whatever happens to the router: who gets a record twice takes it once.
+    record_id: str
     request_id: str
     tenant: str
+    #: The credential's, not secret; empty where callers have none.
+    key_id: str = ""
     model: str
     lane: Lane
     outcome: State
+    #: Seconds since 1970.
+    ended_wall_s: float
     #: Billed.
     prompt_tokens: int
     cached_prompt_tokens: int
