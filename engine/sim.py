@@ -48,6 +48,7 @@ from kv_transfer.registry import make_transports
 from kv_transfer.segments import ArenaMap
 from kv_transfer.transport import ARENA, STAGING, Region
 from kv_transfer.turn import Cancel
+from trust.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -427,14 +428,16 @@ def _start(options: EngineOptions, hub: InprocHub | None, wake: Callable[[], Non
     staging_pages = options.staging_bytes // memory.block_bytes
     staging = memory.pages(max(1, staging_pages))
     incarnation = secrets.token_hex(8)
+    tls = Tls(options.tls) if options.tls.serves else None
     node = KvNode(
         name=options.name,
         incarnation=incarnation,
         layout=layout,
         model=options.served_model_name,
         secret=options.cluster_secret,
-        transports=make_transports(options.transports, host=options.kv_host, hub=hub),
+        transports=make_transports(options.transports, host=options.kv_host, hub=hub, tls=tls),
         host=options.kv_host,
+        tls=tls,
         limits=NodeLimits(
             rows=_LEASES_MAX, blocks_per_row=-(-max_model_len // options.block_tokens), fetches=_FETCHES_MAX
         ),

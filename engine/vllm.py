@@ -189,6 +189,7 @@ class VllmEngine:
             transports=options.transports,
             staging_bytes=options.staging_bytes,
             run_dir=str(run_dir.path),
+            tls=options.tls,
         )
         module, name = self.connector
         return AsyncEngineArgs(

@@ -40,7 +40,7 @@ from kv_transfer.lease import (
     TransferState,
     TransferTable,
 )
-from kv_transfer.peer import PeerClient, PeerCredentials, PeerServer
+from kv_transfer.peer import PeerClient, PeerServer
 from kv_transfer.reading import Reading
 from kv_transfer.roster import MEETINGS, Peer, Roster, Wire
 from kv_transfer.segments import ArenaMap
@@ -59,6 +59,7 @@ from kv_transfer.transport import (
 )
 from kv_transfer.turn import Cancel, Cancelled
 from kv_transfer.wire import PeerFacts
+from trust.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class KvNode:
         host: str = "127.0.0.1",
         port: int = 0,
         limits: NodeLimits | None = None,
-        credentials: PeerCredentials | None = None,
+        tls: Tls | None = None,
     ) -> None:
         """`transports` best first; they are the node's from here on. `incarnation` is new at every start. `port` is the
         KvPeer service's; 0 takes a free one."""
@@ -122,7 +123,7 @@ class KvNode:
         self._secret = secret
         self._host = host
         self._port = port
-        self._credentials = credentials
+        self._tls = tls
         fetches = self.limits.fetches
         self._board = Board(self.limits.rows, self.limits.blocks_per_row, scratch_slots=fetches + MEETINGS)
         self._roster = Roster(
@@ -130,7 +131,7 @@ class KvNode:
             layout=layout,
             transports=transports,
             secret=secret,
-            credentials=credentials,
+            tls=tls,
             limits=self.limits,
             board=self._board,
             scratch_slots=range(fetches, fetches + MEETINGS),
@@ -199,7 +200,7 @@ class KvNode:
             facts=self._facts(arena_map),
             release=self._release_lease,
             extend=self._extend_lease,
-            credentials=self._credentials,
+            tls=self._tls,
             threads=self.limits.server_threads,
         )
         self._housekeeper = threading.Thread(target=self._keep_house, name=f"kv-node-{self.name}", daemon=True)
@@ -624,7 +625,7 @@ class KvNode:
             peer.client.release(raw, self.limits.release_timeout_s, self._owner_told)
             return
         # Never met, for want of a lane or of time; it may be within reach of a call.
-        client = PeerClient(handle.owner_address, secret=self._secret, credentials=self._credentials)
+        client = PeerClient(handle.owner_address, secret=self._secret, tls=self._tls)
         client.release(raw, self.limits.release_timeout_s, self._owner_told)
         client.close()
 

@@ -2,7 +2,7 @@
 
 Every call is authenticated with the cluster secret: Describe by a MAC over a nonce both ways, Release and Extend by
 the handle they carry. That keeps strangers out; it does not hide anything from who can listen. For that, give both
-sides `PeerCredentials` (TLS); without them a node should listen on a loopback or private address only.
+sides TLS; without it a node should listen on a loopback or private address only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NoReturn
 
 import grpc
@@ -21,6 +20,7 @@ from kv_transfer.handle import Handle, HandleRefused
 from kv_transfer.threads import DaemonThreads
 from kv_transfer.wire import PeerFacts
 from protos import kv_pb2, kv_pb2_grpc
+from trust.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,6 @@ _CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries
 _SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
 #: More are refused; a caller whose Release is refused lets the lease expire.
 _CALLS_AT_ONCE = 256
-
-
-@dataclass(frozen=True, slots=True)
-class PeerCredentials:
-    """TLS for both directions."""
-
-    server: grpc.ServerCredentials
-    channel: grpc.ChannelCredentials
 
 
 class PeerUnreachable(Exception):
@@ -60,7 +52,7 @@ class PeerServer:
         facts: PeerFacts,
         release: Callable[[Handle], bool],
         extend: Callable[[Handle, float], int | None],
-        credentials: PeerCredentials | None,
+        tls: Tls | None,
         threads: int,
     ) -> None:
         self._threads = DaemonThreads(threads, "kv-peer")
@@ -70,10 +62,10 @@ class PeerServer:
             maximum_concurrent_rpcs=_CALLS_AT_ONCE,
         )
         kv_pb2_grpc.add_KvPeerServicer_to_server(_Servicer(secret, facts, release, extend), self._server)
-        if credentials is None:
+        if tls is None:
             port = self._server.add_insecure_port(f"{host}:{port}")
         else:
-            port = self._server.add_secure_port(f"{host}:{port}", credentials.server)
+            port = self._server.add_secure_port(f"{host}:{port}", tls.server_credentials())
         self.address = f"{host}:{port}"
         self._server.start()
 
@@ -122,11 +114,12 @@ def _deny(context: grpc.ServicerContext, why: str) -> NoReturn:
 class PeerClient:
     """Calls one peer. Thread-safe."""
 
-    def __init__(self, address: str, *, secret: bytes, credentials: PeerCredentials | None) -> None:
-        if credentials is None:
+    def __init__(self, address: str, *, secret: bytes, tls: Tls | None) -> None:
+        if tls is None:
             self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
-            self._channel = grpc.secure_channel(address, credentials.channel, options=_CHANNEL_OPTIONS)
+            options = (*_CHANNEL_OPTIONS, *tls.channel_options())
+            self._channel = grpc.secure_channel(address, tls.channel_credentials(), options=options)
         self._address = address
         self._secret = secret
         self._stub = kv_pb2_grpc.KvPeerStub(self._channel)

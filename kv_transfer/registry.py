@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from kv_transfer.inproc import InprocHub, InprocTransport
 from kv_transfer.transport import Transport, TransportError
+from trust.tls import Tls
 
 NAMES = ("inproc", "nixl", "shm", "tcp", "ucx")
 
@@ -18,7 +19,9 @@ class TransportUnavailable(Exception):
     """A configured transport can't be had here; says what to do about it."""
 
 
-def make_transports(names: Sequence[str], *, host: str = "127.0.0.1", hub: InprocHub | None = None) -> list[Transport]:
+def make_transports(
+    names: Sequence[str], *, host: str = "127.0.0.1", hub: InprocHub | None = None, tls: Tls | None = None
+) -> list[Transport]:
     """Fresh transports of these names, in that order, for one node that serves on `host`.
 
     Where both are allowed, "nixl" leaves to "tcp" the peers that UCX would reach by its own TCP (see nixl.py).
@@ -32,7 +35,7 @@ def make_transports(names: Sequence[str], *, host: str = "127.0.0.1", hub: Inpro
     made, missing = [], []
     for name in names:
         try:
-            made.append(_make(name, host, hub, names))
+            made.append(_make(name, host, hub, tls, names))
         except TransportUnavailable as why:
             missing.append(str(why))
     if not made:
@@ -42,7 +45,7 @@ def make_transports(names: Sequence[str], *, host: str = "127.0.0.1", hub: Inpro
     return made
 
 
-def _make(name: str, host: str, hub: InprocHub | None, names: Sequence[str]) -> Transport:
+def _make(name: str, host: str, hub: InprocHub | None, tls: Tls | None, names: Sequence[str]) -> Transport:
     match name:
         case "inproc":
             if hub is None:
@@ -55,7 +58,7 @@ def _make(name: str, host: str, hub: InprocHub | None, names: Sequence[str]) -> 
         case "tcp":
             from kv_transfer.tcp import TcpTransport
 
-            return TcpTransport(host)
+            return TcpTransport(host, tls)
         case "ucx":
             return _make_ucx(host)
     raise AssertionError(name)

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from kv_transfer.api import FetchError, Lane, NodeLimits, Outcome
 from kv_transfer.board import HEADER, Board, RowHeader
 from kv_transfer.layout import KvLayout, layout_difference
-from kv_transfer.peer import PeerClient, PeerCredentials, PeerRefused, PeerUnreachable
+from kv_transfer.peer import PeerClient, PeerRefused, PeerUnreachable
 from kv_transfer.segments import block_segments, one_segment, pieces
 from kv_transfer.transport import BOARD, ReadTimedOut, Segments, Transport, TransportError
 from kv_transfer.turn import Cancel, Turn
 from kv_transfer.wire import PeerFacts
+from trust.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Roster:
         layout: KvLayout,
         transports: Sequence[Transport],
         secret: bytes,
-        credentials: PeerCredentials | None,
+        tls: Tls | None,
         limits: NodeLimits,
         board: Board,
         scratch_slots: range,
@@ -85,7 +86,7 @@ class Roster:
         self._layout = layout
         self._layout_fields = layout.as_dict()
         self._secret = secret
-        self._credentials = credentials
+        self._tls = tls
         self._limits = limits
         self._board = board
         self._scratch_slots = scratch_slots
@@ -133,7 +134,7 @@ class Roster:
         with self._meetings[meeting].hold(deadline, cancel):
             if (known := self._find(name, incarnation)) is not None:
                 return known
-            client = PeerClient(address, secret=self._secret, credentials=self._credentials)
+            client = PeerClient(address, secret=self._secret, tls=self._tls)
             peer = None
             try:
                 peer = self._introduce(name, address, incarnation, client, deadline, self._scratch_slots[meeting])

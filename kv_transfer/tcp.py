@@ -12,7 +12,7 @@ reached. It costs the owner a core while bytes flow, and nothing when idle.
     ...
 
 The token never crosses the wire, so listening in does not give access; it does give the bytes. For a network that is
-not trusted there is `TcpTls`.
+not trusted there is TLS: the cluster's certificates, of the owner and, where they are asked for, of the reader.
 
 A read that fails in any way closes its connection before it returns, and only the reading thread writes to the
 destination: there are no late bytes. After a timeout the next read dials again; after `PeerGone`, the next `connect`.
@@ -29,7 +29,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -38,6 +37,7 @@ from numpy.typing import NDArray
 from kv_transfer.handle import MAC_BYTES, sign, verify
 from kv_transfer.segments import check_bounds
 from kv_transfer.transport import PeerGone, ReadTimedOut, Region, Segments, TransportError, refuse_device_memory
+from trust.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +62,6 @@ _STALL_S = 30.0
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 
 
-@dataclass(frozen=True, slots=True)
-class TcpTls:
-    """Both sides' contexts. The reader's should check the owner's certificate, the owner's may want the reader's."""
-
-    owner: ssl.SSLContext
-    reader: ssl.SSLContext
-
-
 class _Exported(msgspec.Struct, frozen=True):
     host: str
     port: int
@@ -84,7 +76,7 @@ class _Exported(msgspec.Struct, frozen=True):
 class TcpTransport:
     name = "tcp"
 
-    def __init__(self, host: str = "127.0.0.1", tls: TcpTls | None = None) -> None:
+    def __init__(self, host: str = "127.0.0.1", tls: Tls | None = None) -> None:
         """`host` is where this process's services listen and the name by which peers dial it."""
         self._host = host
         self._tls = tls
@@ -163,7 +155,7 @@ class TcpTransport:
 class _Reader:
     """The connection to one peer. One read at a time uses it; others wait."""
 
-    def __init__(self, peer: str, theirs: _Exported, tls: TcpTls | None) -> None:
+    def __init__(self, peer: str, theirs: _Exported, tls: Tls | None) -> None:
         self.sizes: Mapping[str, int] = theirs.regions
         self._peer = peer
         self._theirs = theirs
@@ -240,14 +232,15 @@ class _OwnerRefused(TransportError):
     """The owner will not serve this; the connection is in order."""
 
 
-def _dial(theirs: _Exported, tls: TcpTls | None, deadline: float) -> socket.socket:
+def _dial(theirs: _Exported, tls: Tls | None, deadline: float) -> socket.socket:
     """A connection on which both sides have shown that they hold the token. Raises OSError."""
     connection = socket.create_connection((theirs.host, theirs.port), timeout=_left(deadline))
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls is not None:
             connection.settimeout(_left(deadline))
-            connection = tls.reader.wrap_socket(connection, server_hostname=theirs.host)
+            name = tls.files.server_name or theirs.host
+            connection = tls.client_context().wrap_socket(connection, server_hostname=name)
         greeting = _receive_bytes(connection, len(_MAGIC) + _NONCE_BYTES, deadline)
         if not greeting.startswith(_MAGIC):
             raise ConnectionError("there is no Tandem node")
@@ -267,7 +260,7 @@ def _dial(theirs: _Exported, tls: TcpTls | None, deadline: float) -> socket.sock
 class _Server:
     """Serves reads of this process's regions. Idle, all its threads wait in the kernel."""
 
-    def __init__(self, host: str, token: bytes, memory: Mapping[str, memoryview], tls: TcpTls | None) -> None:
+    def __init__(self, host: str, token: bytes, memory: Mapping[str, memoryview], tls: Tls | None) -> None:
         self._token = token
         self._memory = tuple(memory.items())
         self._sizes = {name: view.nbytes for name, view in memory.items()}
@@ -296,7 +289,8 @@ class _Server:
     def _start(self, connection: socket.socket) -> None:
         connection.settimeout(_DIAL_S)
         if self._tls is not None:
-            connection = self._tls.owner.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            context = self._tls.server_context()
+            connection = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=self._serve, args=(connection,), name="kv-tcp-serve", daemon=True)
         with self._lock:
             if self._closed or len(self._serving) >= _CONNECTIONS_MAX:

@@ -86,6 +86,7 @@ from kv_transfer.vllm_params import (
     parse_order,
     report_params,
 )
+from trust.tls import Tls
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -114,14 +115,16 @@ class _Core:
         self.block_pool: BlockPool | None = None
         staging_pages = _staging_pages(settings.staging_bytes, layout, vllm_config.model_config.max_model_len)
         self._blocks, self._staging = memory.views(layout, staging_pages)
+        tls = Tls(settings.tls) if settings.tls.serves else None
         self.node = KvNode(
             name=settings.name,
             incarnation=settings.incarnation,
             layout=layout,
             model=settings.model,
             secret=run_dir.take_secret(),
-            transports=make_transports(settings.transports, host=settings.host),
+            transports=make_transports(settings.transports, host=settings.host, tls=tls),
             host=settings.host,
+            tls=tls,
             limits=NodeLimits(blocks_per_row=-(-vllm_config.model_config.max_model_len // memory.block_tokens)),
         )
         self.node.open(

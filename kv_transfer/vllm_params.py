@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from trust.tls import TlsFiles
+
 #: The one key of ours in vLLM's dicts.
 KEY = "tandem"
 
@@ -30,6 +32,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True):
     staging_bytes: int
     #: Private to the worker and its EngineCore, see `RunDir`.
     run_dir: str
+    #: Names of files, no secrets.
+    tls: TlsFiles = TlsFiles()
 
     def extra_config(self) -> dict[str, str]:
         return {KEY: msgspec.json.encode(self).decode()}

@@ -200,7 +200,7 @@ def _scramble_releases(folder: Folder) -> None:
     @functools.wraps(fetch)
     def fetch_overtaken(self: KvNode, handle: bytes, *more: Any, **named: Any) -> Any:
         if folder.has("scramble") and random.random() < 0.3:
-            owner = PeerClient(wire.parse_handle(handle).owner_address, secret=self._secret, credentials=None)
+            owner = PeerClient(wire.parse_handle(handle).owner_address, secret=self._secret, tls=None)
             owner._stub.Release(kv_pb2.ReleaseRequest(handle=wire.parse_handle(handle)), timeout=2.0)
             owner.close()
             folder.say("overtaken")

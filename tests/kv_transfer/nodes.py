@@ -11,10 +11,10 @@ from kv_transfer.api import NodeLimits
 from kv_transfer.inproc import InprocHub, InprocTransport, ReadEvent
 from kv_transfer.layout import KvLayout
 from kv_transfer.node import KvNode
-from kv_transfer.peer import PeerCredentials
 from kv_transfer.segments import ArenaMap
 from kv_transfer.transport import ARENA, BOARD, STAGING, Transport
 from tests.kv_transfer.memory import Bytes, allocate, block_bytes, layer_major, layout, pattern, region, write_block
+from trust.tls import Tls
 
 SECRET = b"the cluster's secret"
 
@@ -97,7 +97,7 @@ def open_party(
     limits: NodeLimits | None = None,
     port: int = 0,
     on_ended: Callable[[], None] | None = None,
-    credentials: PeerCredentials | None = None,
+    tls: Tls | None = None,
 ) -> Party:
     lay = lay or layout()
     arena_map = where(lay, blocks)
@@ -113,7 +113,7 @@ def open_party(
         transports=transports,
         port=port,
         limits=limits,
-        credentials=credentials,
+        tls=tls,
     )
     node.open(
         arena=region(ARENA, arena),

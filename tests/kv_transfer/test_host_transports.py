@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import os
 import socket
-import ssl
 import struct
 import subprocess
 import sys
@@ -14,22 +11,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from kv_transfer import tcp
 from kv_transfer.api import FetchError, NodeLimits, Outcome
 from kv_transfer.registry import make_transports
 from kv_transfer.segments import one_segment
 from kv_transfer.shm import ShmTransport, _after
-from kv_transfer.tcp import _ANSWER, _REQUEST, TcpTls, TcpTransport, _dial, _Exported
+from kv_transfer.tcp import _ANSWER, _REQUEST, TcpTransport, _dial, _Exported
 from kv_transfer.transport import ARENA, STAGING, PeerGone, ReadTimedOut, Region, Segments, TransportError
 from tests.kv_transfer.memory import Bytes
 from tests.kv_transfer.nodes import Party, eventually, open_party
@@ -353,75 +345,6 @@ def test_a_stranger_that_says_nothing_is_cut_off(both: Both, monkeypatch: pytest
     with socket.create_connection(("127.0.0.1", port), timeout=10) as stranger:
         greeting = b"".join(iter(lambda: stranger.recv(64), b""))
         assert greeting.startswith(b"tandem kv tcp 1")
-
-
-# -- tcp with TLS
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> TcpTls:
-    """One certificate for 127.0.0.1, which both sides have and trust."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tandem test")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .sign(key, hashes.SHA256())
-    )
-    path: Path = tmp_path_factory.mktemp("tls") / "both.pem"
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.write_bytes(private + certificate.public_bytes(pem))
-    owner, reader = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    owner.verify_mode = ssl.CERT_REQUIRED
-    for context in (owner, reader):
-        context.load_cert_chain(path)
-        context.load_verify_locations(path)
-    return TcpTls(owner, reader)
-
-
-def test_reads_over_tls_bring_the_bytes(tls: TcpTls) -> None:
-    owner, reader = TcpTransport(tls=tls), TcpTransport(tls=tls)
-    regions, theirs = memory_regions(1)
-    owner.register(regions)
-    regions, ours = memory_regions(7)
-    reader.register(regions)
-    reader.connect("p", "i1", owner.export())
-    reader.read("p", WHOLE, 20.0)
-    assert np.array_equal(ours[STAGING], theirs[ARENA])
-    every_second = np.arange(0, STAGING_BYTES, 32768, dtype=np.uint64)
-    segments = Segments(ARENA, STAGING, every_second, every_second[::-1].copy(), np.full_like(every_second, 16384))
-    reader.read("p", segments, 20.0)
-    for remote, local in zip(every_second.tolist(), every_second[::-1].tolist(), strict=True):
-        assert np.array_equal(ours[STAGING][local : local + 16384], theirs[ARENA][remote : remote + 16384])
-    owner.close()
-    with pytest.raises(PeerGone):
-        reader.read("p", WHOLE, 5.0)
-    reader.close()
-
-
-def test_tls_and_none_do_not_meet_and_strangers_get_no_handshake(tls: TcpTls) -> None:
-    owner, plain = TcpTransport(tls=tls), TcpTransport()
-    nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    stranger = TcpTransport(tls=TcpTls(tls.owner, nobody))
-    for transport in (owner, plain, stranger):
-        regions, _memory = memory_regions(1)
-        transport.register(regions)
-    with pytest.raises(TransportError, match="serves TLS only"):
-        plain.connect("p", "i1", owner.export())
-    with pytest.raises(TransportError, match="no TLS, which is wanted here"):
-        owner.connect("p", "i1", plain.export())
-    with pytest.raises(TransportError, match="can't be dialled"):
-        stranger.connect("p", "i1", owner.export())
-    for transport in (owner, plain, stranger):
-        transport.close()
 
 
 # -- hand-offs between two processes
