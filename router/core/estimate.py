@@ -28,6 +28,16 @@ class StepModel:
     #: computed elsewhere and fetched.
     stall_s_max: float = 0.0
 
+    def problems(self) -> list[str]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        found = [f"step.{name}: must not be negative, is {value:g}" for name, value in values.items() if value < 0]
+        found += [
+            f"step.{name}: must be more than 0"
+            for name in ("prefill_s_per_token", "step_tokens", "transfer_bytes_per_s")
+            if not values[name]
+        ]
+        return found
+
     def compute_s(self, uncached_tokens: int, prompt_tokens: int) -> float:
         before = prompt_tokens - uncached_tokens
         pairs = prompt_tokens * prompt_tokens - before * before

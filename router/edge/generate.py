@@ -168,6 +168,7 @@ class Generator:
             arrival=arrival,
             deadline=arrival + min(timeout_s, self._limits.timeout_s_max),
             tenant=caller.tenant.id,
+            key_id=caller.identity.key_id,
             lane=lane,
         )
         return Accepted(request, wanted.asked.stop)
