@@ -14,7 +14,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self, requests: _Optional[bool] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("router_id", "uptime_s", "workers", "requests_queued", "requests_running", "requests", "outcomes")
+    __slots__ = ("router_id", "uptime_s", "workers", "requests_queued", "requests_running", "requests", "outcomes", "unauthenticated")
     class OutcomesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class Status(_message.Message):
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    UNAUTHENTICATED_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     uptime_s: float
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
@@ -36,7 +37,8 @@ class Status(_message.Message):
     requests_running: int
     requests: _containers.RepeatedCompositeFieldContainer[RequestStatus]
     outcomes: _containers.ScalarMap[str, int]
-    def __init__(self, router_id: _Optional[str] = ..., uptime_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_queued: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[RequestStatus, _Mapping]]] = ..., outcomes: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    unauthenticated: bool
+    def __init__(self, router_id: _Optional[str] = ..., uptime_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_queued: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[RequestStatus, _Mapping]]] = ..., outcomes: _Optional[_Mapping[str, int]] = ..., unauthenticated: _Optional[bool] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("worker_id", "incarnation", "role", "state", "model", "engine", "load", "prefill_legs", "decode_legs", "lanes", "capacity", "pid", "labels")

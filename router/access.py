@@ -41,8 +41,6 @@ class Access:
     on_book: Callable[[TenantBook], None]
     #: Called after each look at the certificates, for servers that don't look by themselves.
     on_certificates: Callable[[], Awaitable[None]] = _nothing
-    #: Nobody is asked who they are.
-    is_open: bool = False
     #: Of the ports for clients, and of that for workers; None: plaintext.
     tls: Tls | None = None
     worker_tls: Tls | None = None
@@ -111,7 +109,6 @@ def _open_access(config: RouterConfig) -> Access:
     if auth.mode != "none":
         verifiers.append(Certificates(lambda: access.book))
     else:
-        access.is_open = True
         verifiers.append(Anyone())
         _log.warning(
             "UNAUTHENTICATED: whoever reaches %s may use this cluster, steer it and see all of its requests; "

@@ -159,7 +159,7 @@ async def serve(
     collector = RouterCollector(
         lambda: _read_on(loop, shell),
         lambda: access_metrics(
-            is_open=access.is_open,
+            is_open=access.authenticator.is_open,
             joins_are_open=gate.is_open,
             refused={"credentials": access.authenticator.refusals.told(), "joins": links.refusals.told()},
             expires={"clients": expires(access.tls), "workers": expires(access.worker_tls)},

@@ -42,12 +42,16 @@ from tandem.values import (
     TenantFields,
     TokenLogprobs,
 )
+from trust.tls import Tls, TlsFiles, is_loopback
 
 Q = TypeVar("Q")
 A = TypeVar("A")
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 API_KEY_VARIABLE = "TANDEM_API_KEY"
+#: What the command line takes for `ca`, `cert`, `key` and `tls=False`.
+CA_VARIABLE, CERT_VARIABLE, KEY_VARIABLE = "TANDEM_CA", "TANDEM_CERT", "TANDEM_KEY"
+INSECURE_VARIABLE = "TANDEM_INSECURE_PLAINTEXT"
 
 #: For the calls that answer at once.
 _CONTROL_TIMEOUT_S = 10.0
@@ -73,6 +77,27 @@ _Metadata = tuple[tuple[str, str], ...]
 def _credentials(api_key: str | None) -> _Metadata:
     key = os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key
     return (("authorization", f"Bearer {key}"),) if key else ()
+
+
+def _is_here(address: str) -> bool:
+    """The address may have a scheme of gRPC's: dns:///router.example:50051"""
+    target = address.rpartition("/")[2]
+    host, colon, _ = target.rpartition(":")
+    return is_loopback(host if colon else target) or address.startswith("unix:")
+
+
+def _transport(
+    address: str, tls: bool | TlsFiles | None, files: TlsFiles
+) -> tuple[grpc.ChannelCredentials | None, list[tuple[str, int | str]]]:
+    """What a channel is made with; no credentials for plaintext. Raises TlsRefused."""
+    if isinstance(tls, TlsFiles):
+        files, tls = tls, tls.dials
+    elif tls is None:
+        tls = files.dials or not _is_here(address)
+    if not tls:
+        return None, [*_CHANNEL_OPTIONS]
+    at_hand = Tls(files)
+    return at_hand.channel_credentials(), [*_CHANNEL_OPTIONS, *at_hand.channel_options()]
 
 
 class _Call(Protocol):
@@ -242,13 +267,29 @@ class AsyncGeneration(_Answer):
 class Client:
     """May be shared by threads."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, retries: int = RETRIES) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        retries: int = RETRIES,
+        tls: bool | TlsFiles | None = None,
+        ca: str = "",
+        cert: str = "",
+        key: str = "",
+    ) -> None:
         """`api_key`: None takes that of the environment, "" none. `retries` are a generation's; 0 reports every
-        refusal."""
+        refusal. `tls`: None speaks plaintext to this machine only, False wherever it is. `ca` is a PEM file of who
+        vouches for the router, by default the system's; `cert` and `key` are for routers that want a certificate.
+        Raises trust.tls.TlsRefused for files that can't be used."""
         self.address = address
         self._retries = retries
         self._metadata = _credentials(api_key)
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        credentials, options = _transport(address, tls, TlsFiles(ca=ca, cert=cert, key=key))
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, options=options)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
 
@@ -374,13 +415,26 @@ class Client:
 class AsyncClient:
     """Belongs to the event loop it is created in."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, retries: int = RETRIES) -> None:
-        """`api_key`: None takes that of the environment, "" none. `retries` are a generation's; 0 reports every
-        refusal."""
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        retries: int = RETRIES,
+        tls: bool | TlsFiles | None = None,
+        ca: str = "",
+        cert: str = "",
+        key: str = "",
+    ) -> None:
+        """As `Client`."""
         self.address = address
         self._retries = retries
         self._metadata = _credentials(api_key)
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        credentials, options = _transport(address, tls, TlsFiles(ca=ca, cert=cert, key=key))
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, options=options)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
 

@@ -26,6 +26,7 @@ from typing import Literal, TypeVar
 from engine.base import EngineOptions
 from router.config import RouterConfig
 from tandem import settings
+from tandem.client import API_KEY_VARIABLE, CA_VARIABLE, CERT_VARIABLE, INSECURE_VARIABLE, KEY_VARIABLE
 from tandem.settings import ConfigError, Given, Key
 from tandem.supervisor import RestartPolicy
 from trust.tls import TlsFiles
@@ -39,8 +40,16 @@ SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tandem-nano"
 CONFIG_FILE_VARIABLE = "TANDEM_CONFIG"
 ADDRESS_VARIABLE = "TANDEM_ADDRESS"
 STATE_DIR_VARIABLE = "TANDEM_STATE_DIR"
-API_KEY_VARIABLE = "TANDEM_API_KEY"
-OTHER_VARIABLES = (CONFIG_FILE_VARIABLE, ADDRESS_VARIABLE, STATE_DIR_VARIABLE, API_KEY_VARIABLE)
+OTHER_VARIABLES = (
+    CONFIG_FILE_VARIABLE,
+    ADDRESS_VARIABLE,
+    STATE_DIR_VARIABLE,
+    API_KEY_VARIABLE,
+    CA_VARIABLE,
+    CERT_VARIABLE,
+    KEY_VARIABLE,
+    INSECURE_VARIABLE,
+)
 
 #: What is decided for each process, rather than by the user for all of them.
 _ROUTER_FIXED = ("model_dir", "model_name", "operator_key_hash", "join_key", "worker_tls")

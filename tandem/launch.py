@@ -24,6 +24,7 @@ from tandem.settings import Given
 from tandem.supervisor import ChildSpec
 from tandem.up import Plan
 from trust.join import join_key
+from trust.tls import PLAINTEXT, TlsFiles
 from worker.config import Role, WorkerConfig
 from worker.config import to_json as worker_to_json
 
@@ -60,10 +61,12 @@ def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Pl
     cluster = config.cluster
     if (there := rundir.running(state_dir)) is not None:
         raise rundir.AlreadyUp(state_dir, there)
-    router = dataclasses.replace(config.router, port=_choose_port(config.router))
+    router = dataclasses.replace(config.router, port=_choose_port(config.router, _clients_tls(config)))
     router = dataclasses.replace(router, http_port=_choose_http_port(router))
+    router = dataclasses.replace(router, worker_listen=_choose_worker_listen(router))
+    tls = _clients_tls(config)
     address = f"{_reachable(router.host)}:{router.port}"
-    with rundir.new_run(state_dir, address, datetime.now()) as run_dir:
+    with rundir.new_run(state_dir, address, datetime.now(), tls) as run_dir:
         secret = cluster.secret_file.read_bytes().strip() if cluster.secret_file else secrets.token_bytes(32)
         operator_key = rundir.make_operator_key(run_dir)
         router = dataclasses.replace(
@@ -71,17 +74,20 @@ def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Pl
             operator_key_hash=hashlib.sha256(operator_key.encode()).hexdigest(),
             join_key=join_key(secret),
         )
+        host, _, worker_port = router.worker_listen.rpartition(":")
+        workers_address = f"{_reachable(host)}:{worker_port}" if worker_port else address
         specs = [_router_spec(router, run_dir)]
         for role, count in ((Role.PREFILL, cluster.prefill_workers), (Role.DECODE, cluster.decode_workers)):
             for number in range(count):
                 name = f"{role.value}-{number}"
-                worker = config.worker(worker_id=name, role=role, routers=(address,), secret=secret)
+                worker = config.worker(worker_id=name, role=role, routers=(workers_address,), secret=secret)
                 specs.append(_worker_spec(worker, run_dir))
         yield Plan(
             specs=specs,
             policy=config.supervisor,
             address=address,
             operator_key=operator_key,
+            tls=tls,
             http_address=None if router.http_port is None else f"{_reachable(router.host)}:{router.http_port}",
             run_dir=run_dir,
             prompts=prompts,
@@ -91,11 +97,11 @@ def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Pl
         )
 
 
-def _choose_port(router: RouterConfig) -> int:
+def _choose_port(router: RouterConfig, tls: TlsFiles) -> int:
     try:
         return choose_port(router.host, router.port)
     except PortRefused as error:
-        who = ", by a Tandem router" if _is_router(router) else ""
+        who = ", by a Tandem router" if _is_router(router, tls) else ""
         raise PortRefused(f"{error}{who}; another can be named with --port, 0 takes any free one") from None
 
 
@@ -109,8 +115,26 @@ def _choose_http_port(router: RouterConfig) -> int | None:
         raise PortRefused(f"{error}; another can be named with --http-port, 0 takes any free one") from None
 
 
-def _is_router(router: RouterConfig) -> bool:
-    with Client(f"{_reachable(router.host)}:{router.port}") as client:
+def _choose_worker_listen(router: RouterConfig) -> str:
+    if not router.worker_listen:
+        return ""
+    host, _, port = router.worker_listen.rpartition(":")
+    return f"{host}:{choose_port(host.strip('[]'), int(port))}"
+
+
+def _clients_tls(config: Config) -> TlsFiles:
+    """For the clients that are started here: this user may read all of the cluster's files."""
+    router = config.router
+    if not router.tls.serves:
+        return PLAINTEXT
+    # Where workers come to the same port, the authority they believe vouches for it.
+    ours = router.tls == config.tls or not router.worker_listen
+    files = config.tls if ours else TlsFiles(cert=config.tls.cert, key=config.tls.key)
+    return dataclasses.replace(files, server_name=router.tls.server_name or config.tls.server_name).absolute()
+
+
+def _is_router(router: RouterConfig, tls: TlsFiles) -> bool:
+    with Client(f"{_reachable(router.host)}:{router.port}", tls=tls) as client:
         try:
             client.status(timeout_s=1.0)
         except (Unauthenticated, PermissionDenied):

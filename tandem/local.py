@@ -24,6 +24,7 @@ from tandem.supervisor import (
     Stopped,
     Supervisor,
 )
+from trust.tls import PLAINTEXT, TlsFiles
 
 ROUTER = "router"
 
@@ -84,8 +85,10 @@ class LocalCluster:
         address: str,
         on_event: Callable[[Event | Ready], None],
         operator_key: str | None = None,
+        tls: TlsFiles = PLAINTEXT,
     ) -> None:
         self.address = address
+        self._tls = tls
         self._operator_key = operator_key
         self.members = {spec.name: Member(spec.name) for spec in specs}
         self._on_event = on_event
@@ -133,7 +136,7 @@ class LocalCluster:
         self._see_whether_settled()
 
     async def _ask(self) -> None:
-        async with AsyncClient(self.address, api_key=self._operator_key) as client:
+        async with AsyncClient(self.address, api_key=self._operator_key, tls=self._tls) as client:
             while not self.is_stopping():
                 try:
                     status = await client.status(timeout_s=2.0)

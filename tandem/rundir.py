@@ -23,6 +23,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
+from trust.tls import PLAINTEXT, TlsFiles
+
 _RUNS_KEPT = 10
 _OPERATOR_KEY = "operator-key"
 
@@ -35,6 +37,8 @@ class Running:
     #: host:port of its router.
     address: str
     run_dir: str
+    #: What clients on this machine speak to it.
+    tls: TlsFiles = PLAINTEXT
 
 
 class AlreadyUp(Exception):
@@ -51,7 +55,7 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
 
 
 @contextmanager
-def new_run(state: Path, address: str, now: datetime) -> Iterator[Path]:
+def new_run(state: Path, address: str, now: datetime, tls: TlsFiles = PLAINTEXT) -> Iterator[Path]:
     """The folder of a new run, while it is up. Raises AlreadyUp."""
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (state / "up.lock").open("a+") as lock:
@@ -60,7 +64,7 @@ def new_run(state: Path, address: str, now: datetime) -> Iterator[Path]:
         run_dir = state / f"run-{now:%Y%m%d-%H%M%S}-{os.getpid()}"
         run_dir.mkdir(mode=0o700)
         lock.truncate(0)
-        lock.write(json.dumps(asdict(Running(os.getpid(), address, str(run_dir)))))
+        lock.write(json.dumps(asdict(Running(os.getpid(), address, str(run_dir), tls))))
         lock.flush()
         _point(state / "latest", run_dir)
         _prune(state)
@@ -113,8 +117,9 @@ def write_private(path: Path, content: bytes) -> None:
 
 def _read(path: str) -> Running | None:
     try:
-        return Running(**json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError):
+        said = json.loads(Path(path).read_text())
+        return Running(**{**said, "tls": TlsFiles(**said["tls"])})
+    except (OSError, ValueError, TypeError, KeyError):
         return None  # just being written
 
 

@@ -166,6 +166,8 @@ def _headline(cluster: ClusterStatus, address: str) -> Text:
         f"ended: {outcomes or 'none yet'}",
         style="not bold",
     )
+    if cluster.unauthenticated:
+        text.append("\nUNAUTHENTICATED: whoever reaches the router may use and steer this cluster", style="red")
     return text
 
 

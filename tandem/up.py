@@ -25,6 +25,7 @@ from tandem.client import AsyncClient
 from tandem.errors import TandemError
 from tandem.local import LocalCluster, Member, Ready, State
 from tandem.supervisor import ChildSpec, Died, Event, GaveUp, Left, Outcome, RestartPolicy, Started, Stopped
+from trust.tls import PLAINTEXT, TlsFiles
 
 _DEMO_TOKENS = 64
 _DEMO_TIMEOUT_S = 60.0
@@ -48,6 +49,8 @@ class Plan:
     address: str
     #: The same over HTTP, if that is served.
     http_address: str | None = None
+    #: What clients on this machine speak.
+    tls: TlsFiles = PLAINTEXT
     #: For operators' calls to this cluster.
     operator_key: str
     run_dir: Path
@@ -63,7 +66,7 @@ class Plan:
 async def up(plan: Plan, console: Console) -> int:
     """Runs the cluster until it is stopped or cannot go on; the exit code."""
     screen = _Screen(console)
-    cluster = LocalCluster(plan.specs, plan.policy, plan.address, screen.on_event, plan.operator_key)
+    cluster = LocalCluster(plan.specs, plan.policy, plan.address, screen.on_event, plan.operator_key, plan.tls)
     screen.members = cluster.members
     screen.last_line = cluster.last_line
     screen.logs = {spec.name: spec.log for spec in plan.specs}
@@ -92,7 +95,7 @@ async def _first(running: asyncio.Task[Outcome], other: Coroutine[None, None, No
 
 
 async def _serve(plan: Plan, console: Console) -> None:
-    async with AsyncClient(plan.address) as client:
+    async with AsyncClient(plan.address, tls=plan.tls) as client:
         for prompt in plan.prompts:
             await _ask(client, prompt, console)
     if plan.engine == "sim" and plan.prompts:
@@ -100,7 +103,8 @@ async def _serve(plan: Plan, console: Console) -> None:
     flag = f" {plan.state_flag}" if plan.state_flag else ""
     console.print(f"[bold]serving on {escape(plan.address)}[/]  ·  Ctrl-C stops everything")
     if plan.http_address is not None:
-        console.print(f"OpenAI's API on http://{escape(plan.http_address)}/v1")
+        scheme = "https" if plan.tls.dials else "http"
+        console.print(f"OpenAI's API on {scheme}://{escape(plan.http_address)}/v1")
     console.print("From another terminal:", style="dim")
     for command in (f'tandem generate{flag} "import os"', f"tandem status{flag}", f"tandem status{flag} --watch"):
         console.print(f"  {command}", style="cyan", markup=False, highlight=False, soft_wrap=True)

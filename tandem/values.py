@@ -190,6 +190,8 @@ class ClusterStatus:
     requests: tuple[RequestStatus, ...]
     #: How many requests have ended, by outcome: finished, refused, cancelled, expired, failed.
     outcomes: Mapping[str, int]
+    #: Callers are not asked who they are.
+    unauthenticated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -183,6 +183,7 @@ def cluster_status(message: control_pb2.Status) -> ClusterStatus:
         requests_running=message.requests_running,
         requests=tuple(_request_status(request) for request in message.requests),
         outcomes=dict(message.outcomes),
+        unauthenticated=message.unauthenticated,
     )
 
 

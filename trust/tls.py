@@ -104,6 +104,9 @@ class TlsFiles:
         return replace(self, **paths)  # type: ignore[arg-type]  # paths only
 
 
+PLAINTEXT = TlsFiles()
+
+
 @dataclass(frozen=True, slots=True)
 class Material:
     """What the files held at one time; it fits together."""

@@ -83,7 +83,8 @@ class ControlEdge:
 
     async def _status(self, data: bytes) -> Message:
         snapshot = self._admin.snapshot(requests=wire.status_request(data).requests)
-        return wire.status(self._router_id, self._uptime_s(), snapshot)
+        is_open = self._authenticator.is_open
+        return wire.status(self._router_id, self._uptime_s(), snapshot, unauthenticated=is_open)
 
     async def _drain(self, data: bytes) -> Message:
         self._admin.drain(wire.drain_request(data).worker_id)

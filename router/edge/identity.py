@@ -149,6 +149,11 @@ class Authenticator:
         #: Of credentials. Good ones are never slowed down, whatever else comes from their source.
         self.refusals = Refusals("credentials", burst=30, per_s=1)
 
+    @property
+    def is_open(self) -> bool:
+        """Nobody is asked who they are."""
+        return any(isinstance(verifier, Anyone) for verifier in self._verifiers)
+
     async def caller(self, presented: Presented) -> Caller:
         """Who wants to generate. Raises Unauthenticated, PermissionDenied."""
         identity = await self.identify(presented, Scope.INFERENCE)

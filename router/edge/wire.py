@@ -252,7 +252,7 @@ def role_set() -> control_pb2.SetWorkerRoleResponse:
     return control_pb2.SetWorkerRoleResponse()
 
 
-def status(router_id: str, uptime_s: float, snapshot: Snapshot) -> control_pb2.Status:
+def status(router_id: str, uptime_s: float, snapshot: Snapshot, *, unauthenticated: bool = False) -> control_pb2.Status:
     return control_pb2.Status(
         router_id=router_id,
         uptime_s=uptime_s,
@@ -261,6 +261,7 @@ def status(router_id: str, uptime_s: float, snapshot: Snapshot) -> control_pb2.S
         requests_running=snapshot.running,
         requests=[_request_status(view) for view in snapshot.requests],
         outcomes={outcome.value: count for outcome, count in snapshot.outcomes.items()},
+        unauthenticated=unauthenticated,
     )
 
 
