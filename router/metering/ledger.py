@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from router.core.usage import UsageFacts, Used
+from router.metering.journal import JournalError
 
 _NAME = "usage-%Y-%m-%d.jsonl"
 
