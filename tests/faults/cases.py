@@ -17,7 +17,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,28 +110,42 @@ class Held:
     reader: str
 
 
-class Faults:
-    """A cluster with faults in it."""
+@dataclass(slots=True)
+class Site:
+    """A running cluster with faults in it, and what outlasts one test of it."""
 
-    def __init__(self, cluster: Cluster, folder: Path, client: AsyncClient, seed: int) -> None:
-        self.cluster = cluster
-        self.engine = cluster.engine
+    cluster: Cluster
+    #: What inject.py looks into.
+    folder: Path
+    #: By prompt, once it is learned.
+    expected: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    kills: int = 0
+    #: Of processes that nobody killed.
+    deaths: int = 0
+
+
+class Faults:
+    """What is done to a site, and asked of it, in one event loop."""
+
+    def __init__(self, site: Site, client: AsyncClient, seed: int = 1) -> None:
+        self.site = site
+        self.cluster = site.cluster
+        self.engine = site.cluster.engine
         self.client = client
         self.random = random.Random(seed)
-        self._folder = folder
-        self._kills = 0
-        self._deaths = 0
+        self._folder = site.folder
         self._prompts = [
             _prompt(self.engine, tokens, number) for tokens in PROMPT_TOKENS[self.engine] for number in range(PROMPTS)
         ]
-        self._expected: dict[int, tuple[int, ...]] = {}
 
     async def learn(self) -> None:
         """What the prompts' answers are, asked one after another and without a fault; some of them twice."""
+        if self.site.expected:
+            return
         for number in range(len(self._prompts)):
-            self._expected[number] = await self._answer(number)
+            self.site.expected[number] = await self._answer(number)
         for number in range(0, len(self._prompts), 5):
-            assert await self._answer(number) == self._expected[number], "the engine does not repeat itself"
+            assert await self._answer(number) == self.site.expected[number], "the engine does not repeat itself"
 
     async def _answer(self, number: int) -> tuple[int, ...]:
         result = await self._generate(number).result()
@@ -163,7 +177,7 @@ class Faults:
             whole = False
         else:
             whole = abort is None
-        expected = self._expected[number]
+        expected = self.site.expected[number]
         tally.wrong += tuple(tokens) != (expected if whole else expected[: len(tokens)])
         tally.hangs += time.monotonic() - began > DEADLINE_S[self.engine] + SLACK_S
 
@@ -246,7 +260,7 @@ class Faults:
             if int(marker.name.partition("-")[0]) in killed:
                 marker.unlink()
         tally.kills += 1
-        self._kills += 1
+        self.site.kills += 1
 
     async def all_ready(self) -> None:
         """All workers are there and have met."""
@@ -280,8 +294,9 @@ class Faults:
             tally.leaked += sum(int(found.group(1)) for line in left if (found := re.search(r": (\d+) ", line))) or 1
             await asyncio.sleep(5.0)  # what one run left is not the next one's
         died = len(re.findall(r"^\S+ +died: ", self.cluster.output, re.MULTILINE))
-        tally.deaths += max(0, died - self._deaths - self._kills)
-        self._deaths += max(0, died - self._deaths - self._kills)
+        unasked = max(0, died - self.site.deaths - self.site.kills)
+        tally.deaths += unasked
+        self.site.deaths += unasked
 
     def said(self) -> Counter[str]:
         return Counter(word for path in (self._folder / "log").iterdir() for word in path.read_text().split())
@@ -505,8 +520,9 @@ async def run_aborts(faults: Faults, aborts: int, at_once: int = 16) -> Tally:
     return tally
 
 
-async def faulty_cluster(folder: Path, engine: str, seed: int = 1) -> AsyncIterator[Faults]:
-    """Two workers of each role. Ends with everything stopped."""
+@contextmanager
+def faulty_cluster(folder: Path, engine: str) -> Iterator[Site]:
+    """Two workers of each role, ready. At the end everything is stopped."""
     inside = folder / "faults"
     inside.mkdir()
     settings = [part for key in (*SETTINGS, *ENGINE_SETTINGS[engine]) for part in ("--set", key)]
@@ -518,15 +534,21 @@ async def faulty_cluster(folder: Path, engine: str, seed: int = 1) -> AsyncItera
     os.environ.update(changed)
     try:
         with cluster(folder, engine, "--prefill", "2", "--decode", "2", *settings) as running:
-            await asyncio.to_thread(running.wait_ready)
-            async with AsyncClient(running.address, retries=0) as client:
-                faults = Faults(running, inside, client, seed)
-                await faults.all_ready()
-                await faults.learn()
-                yield faults
+            running.wait_ready()
+            yield Site(running, inside)
     finally:
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@asynccontextmanager
+async def faults_at(site: Site, seed: int = 1) -> AsyncIterator[Faults]:
+    """Ready to be asked, with the answers known."""
+    async with AsyncClient(site.cluster.address, retries=0) as client:
+        faults = Faults(site, client, seed)
+        await faults.all_ready()
+        await faults.learn()
+        yield faults
