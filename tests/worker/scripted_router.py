@@ -10,6 +10,7 @@ import grpc
 
 from protos import inference_pb2, worker_link_pb2, worker_link_pb2_grpc
 from trust.join import Side, join_key, nonce, proof
+from trust.tls import PLAINTEXT, Tls, TlsFiles
 
 Worker = worker_link_pb2.WorkerMessage
 Router = worker_link_pb2.RouterMessage
@@ -106,6 +107,8 @@ class ScriptedRouter(worker_link_pb2_grpc.WorkerLinkServicer):
         self.welcoming = True
         #: What it knows of the cluster's secret.
         self.key = join_key(b"secret")
+        #: A worker has said hello.
+        self.greeted = False
         #: End every stream with this status.
         self.refusing: grpc.StatusCode | None = None
         self._links: asyncio.Queue[Link] = asyncio.Queue()
@@ -125,10 +128,12 @@ class ScriptedRouter(worker_link_pb2_grpc.WorkerLinkServicer):
         challenge = worker_link_pb2.Challenge(router_id="scripted", nonce=nonce())
         names = {"worker_id": first.worker_id, "incarnation": first.incarnation, "router_id": "scripted"}
         nonces = {"worker_nonce": first.nonce, "router_nonce": challenge.nonce}
-        challenge.proof = proof(self.key, Side.ROUTER, **names, **nonces)
+        if self.key:
+            challenge.proof = proof(self.key, Side.ROUTER, **names, **nonces)
         yield Router(challenge=challenge)
         link = Link((await anext(request_iterator)).hello)
-        assert link.hello.proof == proof(self.key, Side.WORKER, **names, **nonces)
+        self.greeted = True
+        assert link.hello.proof == proof(self.key or join_key(b"secret"), Side.WORKER, **names, **nonces)
         self._links.put_nowait(link)
         if self.refusing:
             link.over.set()
@@ -152,11 +157,18 @@ class ScriptedRouter(worker_link_pb2_grpc.WorkerLinkServicer):
 
 
 @asynccontextmanager
-async def scripted_router(port: int = 0, load_report_interval_s: float = 0.02) -> AsyncIterator[ScriptedRouter]:
+async def scripted_router(
+    port: int = 0, load_report_interval_s: float = 0.02, tls: TlsFiles = PLAINTEXT
+) -> AsyncIterator[ScriptedRouter]:
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     router = ScriptedRouter(server, load_report_interval_s)
     worker_link_pb2_grpc.add_WorkerLinkServicer_to_server(router, server)
-    router.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
+    address = f"127.0.0.1:{port}"
+    if tls.serves:
+        port = server.add_secure_port(address, Tls(tls).server_credentials())
+    else:
+        port = server.add_insecure_port(address)
+    router.address = f"127.0.0.1:{port}"
     await server.start()
     try:
         yield router

@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -14,11 +15,14 @@ from decode.admission import DecodeLimits
 from engine.base import FailureKind, LegError
 from prefill.admission import PrefillLimits
 from protos import worker_link_pb2 as pb
+from tests.certificates import Authority
 from tests.worker.running import RunningWorker, running_worker, worker_config
 from tests.worker.scripted_engine import INFO, ScriptedEngine, transfer_failed
 from tests.worker.scripted_router import Link, ScriptedRouter, sampling, scripted_router
+from trust.join import join_key
+from trust.tls import PLAINTEXT, TlsFiles
 from worker import messages
-from worker.config import Role
+from worker.config import Role, WorkerConfig
 from worker.link import RouterLink, Trust
 from worker.metrics import WorkerMetrics
 from worker.outbox import Outbox
@@ -429,3 +433,56 @@ async def test_a_link_that_breaks_as_it_is_cancelled_ends() -> None:
             async with asyncio.timeout(5):
                 await asyncio.wait([task])
         assert task.cancelled()
+
+
+async def test_a_router_without_the_secret_hears_nothing_but_a_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with scripted_router() as rogue:
+        rogue.key = b"made up"
+        async with running_worker(worker_config(rogue.address), ScriptedEngine()):
+            async with asyncio.timeout(5):
+                while caplog.text.count("did not prove that it knows the cluster's secret") < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)  # what is watched is a log
+            assert not rogue.greeted
+            rogue.key = join_key(b"secret")
+            assert (await rogue.link()).hello.worker_id == "w0"
+
+
+async def test_a_router_that_asks_for_no_proof_is_no_router(caplog: pytest.LogCaptureFixture) -> None:
+    async with scripted_router() as rogue:
+        rogue.key = b""
+        async with running_worker(worker_config(rogue.address), ScriptedEngine()):
+            async with asyncio.timeout(5):
+                while "did not prove" not in caplog.text:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)  # what is watched is a log
+            assert not rogue.greeted
+
+
+async def test_over_tls_the_routers_certificate_must_be_good(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    authority, others = Authority(tmp_path / "ca"), Authority(tmp_path / "others")
+    files = authority.issue("router", require_client_cert=True)
+    async with scripted_router(tls=files) as router:
+        good = authority.issue("worker")
+        for wrong in (replace(good, ca=str(others.ca)), PLAINTEXT):
+            async with running_worker(tls_config(router.address, wrong), ScriptedEngine()):
+                async with asyncio.timeout(5):
+                    while f"router {router.address}: UNAVAILABLE" not in caplog.text:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)  # what is watched is a log
+            caplog.clear()
+            assert not router.greeted
+        async with running_worker(tls_config(router.address, good), ScriptedEngine()):
+            assert (await router.link()).hello.worker_id == "w0"
+        router.key = b""  # its certificate says who it is
+        async with running_worker(tls_config(router.address, good), ScriptedEngine()):
+            assert (await router.link()).hello.worker_id == "w0"
+        router.key = b"made up"
+        async with running_worker(tls_config(router.address, good), ScriptedEngine()):
+            async with asyncio.timeout(5):
+                while "did not prove" not in caplog.text:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)  # what is watched is a log
+
+
+def tls_config(address: str, tls: TlsFiles) -> WorkerConfig:
+    config = worker_config(address)
+    return replace(config, engine_options=replace(config.engine_options, tls=tls))
