@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tandem import AsyncClient, Cancelled, TandemError
 from tandem.client import AsyncGeneration
-from tests.cluster.harness import READY_TIMEOUT_S, Cluster, busy, cluster, command_line, descendants
+from tests.cluster.harness import READY_TIMEOUT_S, Cluster, busy, cluster, descendants
 
 SITE = Path(__file__).parent / "site"
 ROOT = Path(__file__).parents[2]
@@ -59,8 +59,9 @@ ENGINE_SETTINGS = {
     "sim": ("engine.speedup=5", "engine.kv_cache_bytes=64MiB", "engine.staging_bytes=32MiB"),
     "vllm": (
         "engine.dtype=float32",
-        "engine.kv_cache_bytes=32MiB",
-        "engine.staging_bytes=16MiB",
+        "engine.max_model_len=1024",
+        "engine.kv_cache_bytes=16MiB",
+        "engine.staging_bytes=8MiB",
         "engine.max_running=16",
         "engine.max_batched_tokens=512",
     ),
@@ -249,7 +250,7 @@ class Faults:
     def pids(self, worker: str) -> list[int]:
         """The worker's process, and EngineCore's."""
         pid = self.cluster.pid(worker)
-        return [pid, *(child for child in descendants(pid) if "python" in command_line(child))]
+        return [pid, *descendants(pid)]
 
     def kill(self, tally: Tally, worker: str) -> None:
         killed = self.pids(worker)
