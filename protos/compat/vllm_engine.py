@@ -111,7 +111,12 @@ def unsupported(request: vllm_engine_pb2.GenerateRequest) -> Problem | None:
 
 
 def chunk(
-    token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], *, prompt_tokens: int, cached_tokens: int, index: int
+    token_ids: Sequence[int],
+    logprobs: Sequence[TokenLogprobs],
+    *,
+    prompt_tokens: int,
+    cached_tokens: int,
+    index: int = 0,
 ) -> bytes:
     return vllm_engine_pb2.GenerateResponse(
         chunk=vllm_engine_pb2.GenerateStreamChunk(
