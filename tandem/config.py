@@ -284,8 +284,8 @@ def _relations(
             "tls.cert: must be given with tls.ca: workers would expect TLS of a router that has no certificate"
         )
     workers = cluster.prefill_workers + cluster.decode_workers
-    for name, address in (("health_address", worker.health_address), ("metrics_address", worker.metrics_address)):
-        if address and not address.endswith(":0") and workers > 1:
+    for name in ("health_address", "metrics_address", "engine_listen"):
+        if (address := getattr(worker, name)) and not address.endswith(":0") and workers > 1:
             found.append(f"worker.{name}: {address} cannot serve {workers} workers on one machine; use port 0")
     return found
 

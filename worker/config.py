@@ -11,6 +11,7 @@ import msgspec
 from decode.admission import DecodeLimits
 from engine.base import EngineOptions
 from prefill.admission import PrefillLimits
+from trust.tls import is_loopback
 
 
 class Role(Enum):
@@ -100,6 +101,9 @@ class WorkerConfig:
     #: host:port of the gRPC health service and of Prometheus metrics; empty means none, port 0 any free one.
     health_address: str = ""
     metrics_address: str = ""
+    #: host:port of vLLM's engine API, by which a gateway of somebody else's can drive this worker; empty means none,
+    #: port 0 any free one. With TLS it takes clients' certificates; without, this machine's own addresses only.
+    engine_listen: str = ""
 
     @property
     def worker_id(self) -> str:
@@ -120,10 +124,16 @@ class WorkerConfig:
         if len(set(self.routers)) != len(self.routers):
             found.append(f"routers: names one twice: {', '.join(self.routers)}")
         found += [f"routers: {address!r} is not host:port" for address in self.routers if not is_address(address)]
-        for name, address in (("health_address", self.health_address), ("metrics_address", self.metrics_address)):
-            if address and not is_address(address):
+        for name in ("health_address", "metrics_address", "engine_listen"):
+            if (address := getattr(self, name)) and not is_address(address):
                 found.append(f"{name}: {address!r} is not host:port")
         tls = self.engine_options.tls
+        host = self.engine_listen.rpartition(":")[0]
+        if host and not is_loopback(host) and not (tls.serves and tls.ca):
+            found.append(
+                f"engine_listen: {host} can be reached from other machines: whoever calls there is served and may end "
+                "others' requests, so it takes certificates (engine_options.tls: cert, key and ca)"
+            )
         tls_problems = tls.problems() + tls.listen_problems(self.engine_options.kv_host)
         for address in self.routers:
             tls_problems += tls.dial_problems(address.rpartition(":")[0])

@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 LIVENESS = "liveness"
 READINESS = "readiness"
+ENGINE = "vllm.grpc.engine.VllmEngine"
 
 
 class Health:
@@ -20,8 +21,9 @@ class Health:
         self.port = 0
 
     async def ready(self, ready: bool) -> None:
+        """Of the worker as a whole, and of what others may drive it by."""
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", READINESS):
+        for service in ("", READINESS, ENGINE):
             await self.servicer.set(service, status)
 
 

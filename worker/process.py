@@ -102,6 +102,8 @@ async def _serve_loaded(
                 for address in config.routers
             ]
             linked = [scope.create_task(link.run(), name=link.address) for link in links]
+            if config.engine_listen:
+                await _serve_engine(config, info, worker, health, scope)
             await health.ready(True)
             log.info("ready as %s: %s %s, %d KV blocks", worker.role.value, info.kind, info.model.name, info.kv_blocks)
 
@@ -121,6 +123,18 @@ async def _serve_loaded(
     except* _Over:
         pass
     return code
+
+
+async def _serve_engine(
+    config: WorkerConfig, info: EngineInfo, worker: WorkerService, health: Health, scope: asyncio.TaskGroup
+) -> None:
+    # Here, as few workers need it.
+    from worker.vllm_engine import EnginePort
+
+    engine = EnginePort(config, info, worker, health)
+    port = await engine.start()
+    log.info("vLLM's engine API on %s:%d", config.engine_listen.rpartition(":")[0], port)
+    scope.create_task(engine.run(), name="engine API")
 
 
 async def _leave(worker: WorkerService, health: Health, stop: asyncio.Event, grace_s: float) -> None:

@@ -19,7 +19,7 @@ from engine.base import Engine, EngineInfo, EngineLoad, FailureKind, LegError
 from prefill.service import PrefillOrder, PrefillService
 from worker import messages, wire
 from worker.config import Role, WorkerConfig
-from worker.legs import Leg, LegTable, Work
+from worker.legs import Leg, LegTable, Reply, Work
 from worker.metrics import Snapshot, WorkerMetrics
 from worker.outbox import Outbox
 from worker.peers import PeerBook
@@ -139,7 +139,18 @@ class WorkerService:
 
     # Legs -------------------------------------------------------------------------------------------------------------
 
-    def _prefill_leg(self, router: Outbox, order: PrefillOrder) -> None:
+    def order(self, customer: Reply, order: PrefillOrder | DecodeOrder) -> None:
+        """One leg, of a customer that is no router; it hears how the leg ends. Raises ProtocolError."""
+        if isinstance(order, PrefillOrder):
+            self._prefill_leg(customer, order)
+        else:
+            self._decode_leg(customer, order)
+
+    def cancel(self, customer: Reply, leg_id: str) -> None:
+        """Of a leg that has ended: nobody will use the handle that it gave out."""
+        self._cancel(customer, leg_id)
+
+    def _prefill_leg(self, router: Reply, order: PrefillOrder) -> None:
         async def work(leg: Leg) -> None:
             leg.prefill_done(await self._prefill.serve(router, order, leg.engine_leg_id, leg.offered))
 
@@ -148,7 +159,7 @@ class WorkerService:
         else:
             self._open(router, order.leg.leg_id, Role.PREFILL, order.timeout_s, work)
 
-    def _decode_leg(self, router: Outbox, order: DecodeOrder) -> None:
+    def _decode_leg(self, router: Reply, order: DecodeOrder) -> None:
         async def work(leg: Leg) -> None:
             await self._decode.serve(order, leg.engine_leg_id, leg)
 
@@ -157,7 +168,7 @@ class WorkerService:
         else:
             self._open(router, order.leg.leg_id, Role.DECODE, order.timeout_s, work)
 
-    def _open(self, router: Outbox, leg_id: str, role: Role, timeout_s: float, work: Work) -> None:
+    def _open(self, router: Reply, leg_id: str, role: Role, timeout_s: float, work: Work) -> None:
         if self._legs.has(router, leg_id):
             raise ProtocolError(f"leg {leg_id} was ordered twice")
         self._legs.open(router, leg_id, role, timeout_s, work)
@@ -173,7 +184,7 @@ class WorkerService:
             return f"{ending} legs that ended are still in the engine"
         return limits.refusal(self._legs.count_open(role))
 
-    def _cancel(self, router: Outbox, leg_id: str) -> None:
+    def _cancel(self, router: Reply, leg_id: str) -> None:
         self._ahead.drop(router, leg_id)
         if not self._legs.cancel(router, leg_id):
             # The cancel crossed with the answer, which the router will ignore.

@@ -76,6 +76,8 @@ def _write(folder: Path, text: str) -> Path:
         ("worker.log.level=LOUD", "worker.log.level: must be one of DEBUG"),
         ("worker.metrics_address=:9000", "is not host:port"),
         ("worker.metrics_address=0.0.0.0:9000", "cannot serve 2 workers on one machine; use port 0"),
+        ("worker.engine_listen=127.0.0.1:9000", "cannot serve 2 workers on one machine; use port 0"),
+        ("worker.engine_listen=0.0.0.0:0", "takes certificates"),
         ("worker.decode.legs=65", "worker.decode.legs: 65 is more than engine.max_running: 64"),
         ("engine.block_tokens=0", "engine.block_tokens: must be from 1 to 1,024, is 0"),
         ("engine.kv_cache_bytes=1", "engine.kv_cache_bytes: must be from 1,048,576"),
