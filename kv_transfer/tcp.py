@@ -20,7 +20,6 @@ destination: there are no late bytes. After a timeout the next read dials again;
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import secrets
 import socket
@@ -30,13 +29,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from kv_transfer.handle import MAC_BYTES, sign, verify
 from kv_transfer.segments import check_bounds
-from kv_transfer.transport import PeerGone, ReadTimedOut, Region, Segments, TransportError, refuse_device_memory
+from kv_transfer.served import Exported, ServedTransport
+from kv_transfer.transport import PeerGone, ReadTimedOut, Segments, TransportError
 from trust.tls import Tls
 
 log = logging.getLogger(__name__)
@@ -62,101 +61,30 @@ _STALL_S = 30.0
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 
 
-class _Exported(msgspec.Struct, frozen=True):
-    host: str
-    port: int
-    token: bytes
-    tls: bool
-    #: Sizes. A region's position here is its number in requests.
-    regions: dict[str, int]
-    #: What is not in host memory: "arena on cuda:0".
-    elsewhere: list[str]
-
-
-class TcpTransport:
+class TcpTransport(ServedTransport):
     name = "tcp"
 
     def __init__(self, host: str = "127.0.0.1", tls: Tls | None = None) -> None:
-        """`host` is where this process's services listen and the name by which peers dial it."""
-        self._host = host
+        super().__init__(host, tls=tls is not None)
         self._tls = tls
-        self._token = secrets.token_bytes(32)
-        self._memory: Mapping[str, memoryview] = {}
-        self._sizes: Mapping[str, int] = {}
-        self._elsewhere: list[str] = []
-        self._server: _Server | None = None
-        self._peers: dict[str, _Reader] = {}
 
-    def register(self, regions: Mapping[str, Region]) -> None:
-        """Memory of devices is no error: such a node has other transports, and its pairs must fall through to them."""
-        host = {name: region for name, region in regions.items() if region.device == "cpu"}
-        self._memory = {name: _view(region) for name, region in host.items()}
-        self._sizes = {name: region.nbytes for name, region in host.items()}
-        self._elsewhere = [f"{region.name} on {region.device}" for region in regions.values() if region.device != "cpu"]
-        if self._elsewhere:
-            return
+    def _serve(self, token: bytes, memory: Mapping[str, memoryview]) -> _Server:
         try:
-            self._server = _Server(self._host, self._token, self._memory, self._tls)
+            return _Server(self._host, token, memory, self._tls)
         except OSError as error:
             raise TransportError(f"tcp can't listen on {self._host}: {error}") from error
 
-    def export(self) -> bytes:
-        port = 0 if self._server is None else self._server.port
-        return msgspec.msgpack.encode(
-            _Exported(self._host, port, self._token, self._tls is not None, dict(self._sizes), self._elsewhere)
-        )
-
-    def connect(self, peer: str, incarnation: str, exported: bytes) -> None:
-        self.disconnect(peer)
-        try:
-            theirs = msgspec.msgpack.decode(exported, type=_Exported)
-        except msgspec.MsgspecError as error:
-            raise TransportError(f"{peer} exports what is no address: {error}") from error
-        refuse_device_memory("tcp", self._elsewhere, theirs.elsewhere)
-        if theirs.tls != (self._tls is not None):
-            raise TransportError(f"{peer} serves {'TLS only' if theirs.tls else 'no TLS, which is wanted here'}")
+    def _dial(self, peer: str, theirs: Exported) -> _Reader:
         reader = _Reader(peer, theirs, self._tls)
         reader.dial()
-        self._peers[peer] = reader
-
-    def read(self, peer: str, segments: Segments, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        reader = self._peers.get(peer)
-        if reader is None:
-            raise PeerGone(f"{peer} is not connected")
-        check_bounds(segments, reader.sizes, self._sizes)
-        if not segments.sizes.any():
-            return
-        try:
-            reader.read(segments, self._memory[segments.local_region], deadline)
-        except PeerGone:
-            if self._peers.get(peer) is reader:
-                self._peers.pop(peer, None)
-            raise
-
-    def lane(self, peer: str) -> str:
-        return self.name if self._tls is None else f"{self.name}/tls"
-
-    def disconnect(self, peer: str) -> None:
-        reader = self._peers.pop(peer, None)
-        if reader is not None:
-            reader.close()
-
-    def close(self) -> None:
-        for peer in list(self._peers):
-            self.disconnect(peer)
-        if self._server is not None:
-            self._server.close()
+        return reader
 
 
 # -------------------------------------------------------------------------------------------------------- the reader
 
 
 class _Reader:
-    """The connection to one peer. One read at a time uses it; others wait."""
-
-    def __init__(self, peer: str, theirs: _Exported, tls: Tls | None) -> None:
-        self.sizes: Mapping[str, int] = theirs.regions
+    def __init__(self, peer: str, theirs: Exported, tls: Tls | None) -> None:
         self._peer = peer
         self._theirs = theirs
         self._tls = tls
@@ -232,7 +160,7 @@ class _OwnerRefused(TransportError):
     """The owner will not serve this; the connection is in order."""
 
 
-def _dial(theirs: _Exported, tls: Tls | None, deadline: float) -> socket.socket:
+def _dial(theirs: Exported, tls: Tls | None, deadline: float) -> socket.socket:
     """A connection on which both sides have shown that they hold the token. Raises OSError."""
     connection = socket.create_connection((theirs.host, theirs.port), timeout=_left(deadline))
     try:
@@ -363,11 +291,6 @@ class _Server:
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes
-
-
-def _view(region: Region) -> memoryview:
-    """The region's memory. The caller keeps it mapped."""
-    return memoryview((ctypes.c_uint8 * region.nbytes).from_address(region.address)).cast("B")
 
 
 def _runs(memory: memoryview, offsets: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> list[memoryview]:

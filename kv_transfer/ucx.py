@@ -24,15 +24,14 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from kv_transfer import ucx_stack
 from kv_transfer.handle import MAC_BYTES, sign, verify
-from kv_transfer.inproc import view
 from kv_transfer.segments import check_bounds, pieces
-from kv_transfer.transport import PeerGone, ReadTimedOut, Region, Segments, TransportError, refuse_device_memory
+from kv_transfer.served import Exported, ServedTransport
+from kv_transfer.transport import PeerGone, ReadTimedOut, Segments, TransportError
 
 log = logging.getLogger(__name__)
 
@@ -57,93 +56,28 @@ _CLOSE_S = 5.0
 _PROGRESS_DELAY_MS = 100
 
 
-class _Exported(msgspec.Struct, frozen=True):
-    host: str
-    port: int
-    token: bytes
-    #: Sizes. A region's position here is its number in requests.
-    regions: dict[str, int]
-    #: What is not in host memory: "arena on cuda:0".
-    elsewhere: list[str]
-
-
-class UcxTransport:
+class UcxTransport(ServedTransport):
     name = "ucx"
 
     def __init__(self, host: str = "127.0.0.1") -> None:
-        """Raises ImportError without the package. `host` is the name by which peers dial this process."""
-        self._host = host
+        """Raises ImportError without the package."""
+        super().__init__(host, tls=False)
         self._ucxx = _ucxx(host)
-        self._token = secrets.token_bytes(32)
-        self._memory: Mapping[str, Bytes] = {}
-        self._sizes: Mapping[str, int] = {}
-        self._elsewhere: list[str] = []
-        self._server: _Server | None = None
-        self._peers: dict[str, _Reader] = {}
 
-    def register(self, regions: Mapping[str, Region]) -> None:
-        """Memory of devices is no error: such a node has other transports, and its pairs must fall through to them."""
-        host = {name: region for name, region in regions.items() if region.device == "cpu"}
-        self._memory = {name: view(region.address, region.nbytes) for name, region in host.items()}
-        self._sizes = {name: region.nbytes for name, region in host.items()}
-        self._elsewhere = [f"{region.name} on {region.device}" for region in regions.values() if region.device != "cpu"]
-        if not self._elsewhere:
-            self._server = self._ucxx.run(_serve(self._ucxx, self._token, self._memory), _DIAL_S)
+    def _serve(self, token: bytes, memory: Mapping[str, memoryview]) -> _Server:
+        return self._ucxx.run(_start_server(self._ucxx, token, memory), _DIAL_S)
 
-    def export(self) -> bytes:
-        port = 0 if self._server is None else self._server.port
-        return msgspec.msgpack.encode(_Exported(self._host, port, self._token, dict(self._sizes), self._elsewhere))
-
-    def connect(self, peer: str, incarnation: str, exported: bytes) -> None:
-        self.disconnect(peer)
-        try:
-            theirs = msgspec.msgpack.decode(exported, type=_Exported)
-        except msgspec.MsgspecError as error:
-            raise TransportError(f"{peer} exports what is no address: {error}") from error
-        refuse_device_memory("ucx", self._elsewhere, theirs.elsewhere)
+    def _dial(self, peer: str, theirs: Exported) -> _Reader:
         reader = _Reader(self._ucxx, peer, theirs)
         reader.dial(time.monotonic() + _DIAL_S)
-        self._peers[peer] = reader
-
-    def read(self, peer: str, segments: Segments, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        reader = self._peers.get(peer)
-        if reader is None:
-            raise PeerGone(f"{peer} is not connected")
-        check_bounds(segments, reader.sizes, self._sizes)
-        if not segments.sizes.any():
-            return
-        try:
-            reader.read(segments, self._memory[segments.local_region], deadline)
-        except PeerGone:
-            if self._peers.get(peer) is reader:
-                self._peers.pop(peer, None)
-            raise
-
-    def lane(self, peer: str) -> str:
-        return self.name
-
-    def disconnect(self, peer: str) -> None:
-        reader = self._peers.pop(peer, None)
-        if reader is not None:
-            reader.close()
-
-    def close(self) -> None:
-        for peer in list(self._peers):
-            self.disconnect(peer)
-        server, self._server = self._server, None
-        if server is not None:
-            self._ucxx.run(server.close(), _CLOSE_S)
+        return reader
 
 
 # -------------------------------------------------------------------------------------------------------- the reader
 
 
 class _Reader:
-    """The endpoint to one peer. One read at a time uses it; others wait."""
-
-    def __init__(self, ucxx: _Ucxx, peer: str, theirs: _Exported) -> None:
-        self.sizes: Mapping[str, int] = theirs.regions
+    def __init__(self, ucxx: _Ucxx, peer: str, theirs: Exported) -> None:
         self._ucxx = ucxx
         self._peer = peer
         self._theirs = theirs
@@ -161,7 +95,8 @@ class _Reader:
             except TransportError as error:
                 raise TransportError(f"{self._peer} can't be dialled: {error}") from error
 
-    def read(self, segments: Segments, memory: Bytes, deadline: float) -> None:
+    def read(self, segments: Segments, memory: memoryview, deadline: float) -> None:
+        destination = np.frombuffer(memory, np.uint8)
         if not self._turn.acquire(timeout=max(deadline - time.monotonic(), 0)):
             raise ReadTimedOut(f"other reads from {self._peer} took until the deadline")
         try:
@@ -170,7 +105,7 @@ class _Reader:
                     part = slice(start, start + _SEGMENTS_MAX)
                     remote, local, sizes = piece.remote[part], piece.local[part], piece.sizes[part]
                     if sizes.any():
-                        self._read(segments.remote_region, remote, local, sizes, memory, deadline)
+                        self._read(segments.remote_region, remote, local, sizes, destination, deadline)
         except BaseException as error:
             if not isinstance(error, _OwnerRefused):
                 self._drop()
@@ -230,7 +165,7 @@ class _OwnerRefused(TransportError):
     """The owner will not serve this; the connection is in order."""
 
 
-async def _dial(context: Any, theirs: _Exported) -> Any:
+async def _dial(context: Any, theirs: Exported) -> Any:
     """An endpoint on which both sides have shown that they hold the token."""
     address = (await asyncio.to_thread(socket.getaddrinfo, theirs.host, theirs.port))[0][4][0]
     endpoint = await context.create_endpoint(address, theirs.port)
@@ -263,17 +198,18 @@ async def _ask(endpoint: Any, request: bytes, nbytes: int) -> tuple[str, Bytes]:
 # --------------------------------------------------------------------------------------------------------- the owner
 
 
-async def _serve(ucxx: _Ucxx, token: bytes, memory: Mapping[str, Bytes]) -> _Server:
+async def _start_server(ucxx: _Ucxx, token: bytes, memory: Mapping[str, memoryview]) -> _Server:
     return _Server(ucxx, token, memory)
 
 
 class _Server:
     """Serves reads of this process's regions. Lives on the loop."""
 
-    def __init__(self, ucxx: _Ucxx, token: bytes, memory: Mapping[str, Bytes]) -> None:
+    def __init__(self, ucxx: _Ucxx, token: bytes, memory: Mapping[str, memoryview]) -> None:
+        self._ucxx = ucxx
         self._token = token
-        self._memory = tuple(memory.items())
-        self._sizes = {name: bytes_.nbytes for name, bytes_ in memory.items()}
+        self._memory = tuple((name, np.frombuffer(view, np.uint8)) for name, view in memory.items())
+        self._sizes = {name: view.nbytes for name, view in memory.items()}
         self._serving: set[asyncio.Task[None]] = set()
         self._listener = ucxx.context.create_listener(self._welcome)
         self.port: int = self._listener.port
@@ -335,8 +271,10 @@ class _Server:
             came += size
         return found
 
-    async def close(self) -> None:
-        """When this returns, nothing is read from the regions any more."""
+    def close(self) -> None:
+        self._ucxx.run(self._close(), _CLOSE_S)
+
+    async def _close(self) -> None:
         self._listener.close()
         serving = set(self._serving)
         for task in serving:

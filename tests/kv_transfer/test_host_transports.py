@@ -20,8 +20,9 @@ from kv_transfer import tcp
 from kv_transfer.api import FetchError, NodeLimits, Outcome
 from kv_transfer.registry import make_transports
 from kv_transfer.segments import one_segment
+from kv_transfer.served import Exported
 from kv_transfer.shm import ShmTransport, _after
-from kv_transfer.tcp import _ANSWER, _REQUEST, TcpTransport, _dial, _Exported
+from kv_transfer.tcp import _ANSWER, _REQUEST, TcpTransport, _dial
 from kv_transfer.transport import ARENA, STAGING, PeerGone, ReadTimedOut, Region, Segments, TransportError
 from tests.kv_transfer.memory import Bytes
 from tests.kv_transfer.nodes import Party, eventually, open_party
@@ -188,7 +189,7 @@ def test_a_deadline_that_has_passed_is_noticed_before_a_byte_moves(shm: ShmTrans
 
 
 def _dial_past_the_checks(owner: TcpTransport) -> tuple[socket.socket, dict[str, int]]:
-    theirs = msgspec.msgpack.decode(owner.export(), type=_Exported)
+    theirs = msgspec.msgpack.decode(owner.export(), type=Exported)
     connection = _dial(theirs, None, time.monotonic() + 5)
     connection.settimeout(5)
     return connection, theirs.regions
@@ -341,7 +342,7 @@ def test_readers_that_die_in_mid_read_do_not_hurt_the_owner(both: Both) -> None:
 def test_a_stranger_that_says_nothing_is_cut_off(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, *_ = both
     monkeypatch.setattr(tcp, "_DIAL_S", 0.1)
-    port = msgspec.msgpack.decode(owner.export(), type=_Exported).port
+    port = msgspec.msgpack.decode(owner.export(), type=Exported).port
     with socket.create_connection(("127.0.0.1", port), timeout=10) as stranger:
         greeting = b"".join(iter(lambda: stranger.recv(64), b""))
         assert greeting.startswith(b"tandem kv tcp 1")
