@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV = .venv/bin/python
 
-.PHONY: setup up test test-fast check format protos conformance lock clean
+.PHONY: setup up test test-fast check format protos conformance fuzz-grpc fuzz-http lock clean
 
 setup:  ## everything needed to develop, vLLM included
 	$(PYTHON) bootstrap.py setup
@@ -28,6 +28,14 @@ protos:  ## regenerate protos/*_pb2*
 
 conformance:  ## what tenants were promised, on the production core in virtual time; ARGS="guarantee" runs one scenario
 	$(VENV) -m benchmarks.conformance $(ARGS)
+
+fuzz-grpc:  ## a cluster of its own, and messages that nobody would send; ARGS="--cases 1000 --only Generate"
+	$(VENV) -m tests.fuzz.live grpc $(ARGS)
+
+fuzz-http:  ## the same over HTTP, made from the OpenAPI document by schemathesis, in an environment of its own
+	test -x .venv-fuzz/bin/python || $(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/pip install --quiet --disable-pip-version-check -r tests/fuzz/requirements.txt
+	$(VENV) -m tests.fuzz.live http $(ARGS)
 
 bench-%:  ## bench-router-core runs benchmarks/router_core.py
 	$(VENV) -m benchmarks.$(subst -,_,$*) $(ARGS)

@@ -110,7 +110,7 @@ class Call:
         try:
             self._split(self._part + data if self._part else data)
             if end and self._part:
-                raise Malformed(grpc.StatusCode.INTERNAL, "the request ended in the middle of a message")
+                raise Malformed(grpc.StatusCode.INVALID_ARGUMENT, "the request ended in the middle of a message")
         except Malformed as error:
             self._broken = error
         self.half_closed = end
@@ -193,7 +193,7 @@ class Call:
         try:
             return self._deserialize(message)
         except Exception:
-            raise Malformed(grpc.StatusCode.INTERNAL, "the request's message can't be read") from None
+            raise Malformed(grpc.StatusCode.INVALID_ARGUMENT, "the request's message can't be read") from None
 
     def say_status(self, code: grpc.StatusCode, details: str, metadata: Metadata) -> None:
         """The answer's end. Nothing happens when it was said, or nobody is there to hear it."""
