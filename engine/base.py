@@ -223,6 +223,8 @@ class EngineLoad:
     transfer_bytes_total: int = 0
     transfer_failures_total: int = 0
     leases_expired_total: int = 0
+    #: Of the failures: bytes that were not the owner's (kv_verify).
+    transfers_corrupt_total: int = 0
     extra: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -253,6 +255,9 @@ class EngineOptions:
     #: None takes the model's own.
     max_model_len: int | None = None
     prefix_caching: bool = True
+    #: Digests of every block that is handed over, made by its owner and compared by its reader; in host memory only.
+    #: All workers of a cluster or none.
+    kv_verify: bool = False
     dtype: str = "auto"
     #: "auto", "cpu" or "cuda".
     device: str = "auto"

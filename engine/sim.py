@@ -328,6 +328,7 @@ class SimEngine:
             transfer_bytes_total=stats.transfer_bytes_total,
             transfer_failures_total=stats.transfer_failures_total,
             leases_expired_total=stats.leases_expired_total,
+            transfers_corrupt_total=stats.transfers_corrupt_total,
             extra={
                 "steps_total": totals.steps,
                 "prompt_tokens_total": totals.prompt_tokens,
@@ -438,6 +439,7 @@ def _start(options: EngineOptions, hub: InprocHub | None, wake: Callable[[], Non
         transports=make_transports(options.transports, host=options.kv_host, hub=hub, tls=tls),
         host=options.kv_host,
         tls=tls,
+        verify=options.kv_verify,
         limits=NodeLimits(
             rows=_LEASES_MAX, blocks_per_row=-(-max_model_len // options.block_tokens), fetches=_FETCHES_MAX
         ),

@@ -188,6 +188,7 @@ class VllmEngine:
             host=options.kv_host,
             transports=options.transports,
             staging_bytes=options.staging_bytes,
+            kv_verify=options.kv_verify,
             run_dir=str(run_dir.path),
             tls=options.tls,
         )
@@ -477,6 +478,7 @@ class VllmEngine:
             transfer_bytes_total=stats.transfer_bytes_total,
             transfer_failures_total=stats.transfer_failures_total,
             leases_expired_total=stats.leases_expired_total,
+            transfers_corrupt_total=stats.transfers_corrupt_total,
         )
 
     @property

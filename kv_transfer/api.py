@@ -115,6 +115,10 @@ class NodeStats:
     lanes: tuple[Lane, ...] = ()
 
     @property
+    def transfers_corrupt_total(self) -> int:
+        return self.fetch_outcomes.get(Outcome.CORRUPT, 0)
+
+    @property
     def transfer_failures_total(self) -> int:
         failures = (Outcome.FAILED, Outcome.STALE, Outcome.CORRUPT)
         return sum(self.fetch_outcomes.get(outcome, 0) for outcome in failures)

@@ -29,8 +29,9 @@ The reader's transfer. Pages are its own from ROOM on and go back exactly once.
                                                                                            v             v
                                                                                        DISCARDED      CONSUMED
 
-LOST is every way for bytes not to arrive (link, deadline, owner gone). CLAIMED means that the engine is copying: only
-the engine ends that, so a DISCARD which crosses it changes nothing.
+LOST is every way for bytes not to arrive (link, deadline, owner gone); CORRUPT, in CONFIRMING, that those which did are
+not the owner's, ends as FAILED too. CLAIMED means that the engine is copying: only the engine ends that, so a DISCARD
+which crosses it changes nothing.
 """
 
 from __future__ import annotations
@@ -99,8 +100,12 @@ class LeaseBoard(Protocol):
     rows: int
     blocks_per_row: int
 
-    def publish(self, row: int, word: int, block_ids: Sequence[int], tokens: int) -> None: ...
-    def grow(self, row: int, start: int, block_ids: Sequence[int], tokens: int) -> None: ...
+    def publish(
+        self, row: int, word: int, block_ids: Sequence[int], tokens: int, digests: Sequence[int] = ()
+    ) -> None: ...
+    def grow(
+        self, row: int, start: int, block_ids: Sequence[int], tokens: int, digests: Sequence[int] = ()
+    ) -> None: ...
     def withdraw(self, row: int) -> None: ...
     def word(self, row: int) -> int: ...
 
@@ -159,20 +164,40 @@ class LeaseTable:
     def ended_untaken(self) -> int:
         return len(self._ended)
 
-    def offer(self, now: float, transfer_id: str, block_ids: Sequence[int], tokens: int, ttl_s: float) -> Lease:
+    def offer(
+        self,
+        now: float,
+        transfer_id: str,
+        block_ids: Sequence[int],
+        tokens: int,
+        ttl_s: float,
+        digests: Sequence[int] = (),
+    ) -> Lease:
         """Puts a lease on finished blocks on the board. Raises OfferRefused, naming the limit."""
         self._check_room(now, transfer_id, len(block_ids))
-        lease = self._add(transfer_id, block_ids, tokens, tokens, ttl_s, LeaseState.OFFERED)
+        lease = self._add(transfer_id, tokens, ttl_s, LeaseState.OFFERED)
+        lease.blocks = len(block_ids)
+        self._board.publish(lease.row, lease.word, block_ids, tokens, digests)
         self._set_deadline(lease, now + lease.ttl_s)
         return lease
 
     def stream(self, now: float, transfer_id: str, blocks: int, tokens: int, ttl_s: float) -> Lease:
         """Puts a lease on the board whose blocks, `blocks` in the end, are still to come. Raises OfferRefused."""
         self._check_room(now, transfer_id, blocks)
-        return self._add(transfer_id, (), 0, tokens, ttl_s, LeaseState.STREAMING)
+        lease = self._add(transfer_id, tokens, ttl_s, LeaseState.STREAMING)
+        self._board.publish(lease.row, lease.word, (), 0)
+        return lease
 
-    def publish(self, now: float, transfer_id: str, block_ids: Sequence[int], tokens_ready: int) -> bool:
+    def publish(
+        self,
+        now: float,
+        transfer_id: str,
+        block_ids: Sequence[int],
+        tokens_ready: int,
+        digests: Sequence[int] = (),
+    ) -> bool:
         """`block_ids`, which begin with those published before, are whole. Complete when that makes all tokens.
+        `digests`: of those that are new.
 
         False when the lease has ended. Raises ProtocolError for a lease that is complete.
         """
@@ -183,7 +208,7 @@ class LeaseTable:
         self._step(lease, LeaseEvent.COMPLETE if complete else LeaseEvent.PUBLISH)
         assert lease.blocks <= len(block_ids) <= self._board.blocks_per_row
         assert tokens_ready <= lease.tokens
-        self._board.grow(lease.row, lease.blocks, block_ids[lease.blocks :], tokens_ready)
+        self._board.grow(lease.row, lease.blocks, block_ids[lease.blocks :], tokens_ready, digests)
         lease.blocks = len(block_ids)
         if complete:
             self._set_deadline(lease, now + lease.ttl_s)
@@ -212,26 +237,18 @@ class LeaseTable:
         if not 0 < blocks <= self._board.blocks_per_row:
             raise OfferRefused(f"{blocks} blocks; a row holds 1 to {self._board.blocks_per_row}")
 
-    def _add(
-        self,
-        transfer_id: str,
-        block_ids: Sequence[int],
-        tokens_ready: int,
-        tokens: int,
-        ttl_s: float,
-        state: LeaseState,
-    ) -> Lease:
+    def _add(self, transfer_id: str, tokens: int, ttl_s: float, state: LeaseState) -> Lease:
+        """A lease with a row, on which its word does not stand yet."""
         lease = Lease(
             transfer_id=transfer_id,
             row=self._free_rows.pop(),
             word=self._new_word(),
             tokens=tokens,
-            blocks=len(block_ids),
+            blocks=0,
             ttl_s=min(ttl_s, self._ttl_s_max),
             deadline=math.inf,
             state=state,
         )
-        self._board.publish(lease.row, lease.word, block_ids, tokens_ready)
         self._leases[lease.row] = lease
         self._by_id[transfer_id] = lease
         self.counts.offered += 1
@@ -362,6 +379,7 @@ class TransferEvent(Enum):
     BYTES_IN = auto()
     WORD_HELD = auto()
     WORD_GONE = auto()
+    CORRUPT = auto()
     LOST = auto()
     CANCEL = auto()
     CLAIM = auto()
@@ -381,6 +399,7 @@ TRANSFER_TABLE: Mapping[tuple[TransferState, TransferEvent], TransferState] = Ma
         (_S.FETCHING, _E.CANCEL): _S.FAILED,
         (_S.CONFIRMING, _E.WORD_HELD): _S.STAGED,
         (_S.CONFIRMING, _E.WORD_GONE): _S.STALE,
+        (_S.CONFIRMING, _E.CORRUPT): _S.FAILED,
         (_S.CONFIRMING, _E.LOST): _S.FAILED,
         (_S.CONFIRMING, _E.CANCEL): _S.FAILED,
         (_S.STAGED, _E.CLAIM): _S.CLAIMED,

@@ -51,6 +51,7 @@ class LocalStats:
     transfer_bytes_total: int
     transfer_failures_total: int
     leases_expired_total: int
+    transfers_corrupt_total: int
 
 
 class KvLocalServer:
@@ -123,6 +124,7 @@ class _Servicer(kv_pb2_grpc.KvLocalServicer):
             transfer_bytes_total=stats.transfer_bytes_total,
             transfer_failures_total=stats.transfer_failures_total,
             leases_expired_total=stats.leases_expired_total,
+            transfers_corrupt_total=stats.transfers_corrupt_total,
         )
 
 
@@ -218,6 +220,7 @@ class AsyncKvClient:
             transfer_bytes_total=response.transfer_bytes_total,
             transfer_failures_total=response.transfer_failures_total,
             leases_expired_total=response.leases_expired_total,
+            transfers_corrupt_total=response.transfers_corrupt_total,
         )
 
     async def close(self) -> None:

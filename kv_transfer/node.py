@@ -28,6 +28,8 @@ from types import MappingProxyType
 from kv_transfer import wire
 from kv_transfer.api import Fetched, FetchError, Lane, NodeLimits, NodeStats, Outcome
 from kv_transfer.board import Board, new_word
+from kv_transfer.digest import BlockDigests, page_map
+from kv_transfer.digest import refusal as digests_refusal
 from kv_transfer.handle import Handle, HandleRefused, check_owner, check_reader
 from kv_transfer.layout import KvLayout
 from kv_transfer.lease import (
@@ -65,6 +67,9 @@ log = logging.getLogger(__name__)
 
 _CLOSE_GRACE_S = 5.0
 _LOOK_AT_UNQUIET_S = 0.25
+
+
+_EVENTS = {Outcome.STALE: TransferEvent.WORD_GONE, Outcome.CORRUPT: TransferEvent.CORRUPT}
 
 
 class UnknownStaged(KeyError):
@@ -107,9 +112,11 @@ class KvNode:
         port: int = 0,
         limits: NodeLimits | None = None,
         tls: Tls | None = None,
+        verify: bool = False,
     ) -> None:
         """`transports` best first; they are the node's from here on. `incarnation` is new at every start. `port` is the
-        KvPeer service's; 0 takes a free one."""
+        KvPeer service's; 0 takes a free one. `verify` makes digests of what is offered and compares what is fetched
+        with those of its owner, which must make them too (digest.py)."""
         if not secret:
             raise ValueError("a node needs the cluster's secret")
         if not transports:
@@ -125,7 +132,10 @@ class KvNode:
         self._port = port
         self._tls = tls
         fetches = self.limits.fetches
-        self._board = Board(self.limits.rows, self.limits.blocks_per_row, scratch_slots=fetches + MEETINGS)
+        self._verify = verify
+        self._board = Board(
+            self.limits.rows, self.limits.blocks_per_row, scratch_slots=fetches + MEETINGS, digests=verify
+        )
         self._roster = Roster(
             name=name,
             layout=layout,
@@ -157,6 +167,9 @@ class KvNode:
         self._looks_at = float("inf")
         self._closed = False
 
+        #: Of arena and staging; None unless they are verified.
+        self._arena_digests: BlockDigests | None = None
+        self._page_digests: BlockDigests | None = None
         self._server: PeerServer | None = None
         self._on_ended: Callable[[], None] | None = None
         self._housekeeper: threading.Thread | None = None
@@ -180,6 +193,8 @@ class KvNode:
         problem = arena_map.difference(self.layout, arena.nbytes)
         if not problem and staging_pages * self.layout.block_bytes > staging.nbytes:
             problem = f"{staging_pages} pages of {self.layout.block_bytes} bytes in {staging.nbytes} bytes of staging"
+        if not problem and self._verify:
+            problem = digests_refusal((arena, staging))
         if problem:
             raise ValueError(problem)
         if self._server is not None or self._closed:
@@ -191,6 +206,9 @@ class KvNode:
             STAGING: Region(STAGING, staging.address, staging.nbytes, staging.device),
             BOARD: Region(BOARD, self._board.address, self._board.nbytes),
         }
+        if self._verify:
+            self._arena_digests = BlockDigests(arena, self.layout, arena_map)
+            self._page_digests = BlockDigests(staging, self.layout, page_map(self.layout, staging_pages))
         for wire_ in self._roster.wires:
             wire_.transport.register(regions)
         self._server = PeerServer(
@@ -215,6 +233,7 @@ class KvNode:
             arena=arena_map,
             board_rows=self._board.rows,
             board_row_bytes=self._board.row_bytes,
+            board_digests_offset=self._board.digests_offset,
             transports={wire_.transport.name: wire_.transport.export() for wire_ in self._roster.wires},
         )
 
@@ -261,10 +280,11 @@ class KvNode:
 
         The blocks must not change until `take_ended` has returned `transfer_id`. Raises OfferRefused.
         """
+        digests = self._digests_of(block_ids)
         with self._changed:
             self._check_open()
             now = time.monotonic()
-            lease = self._leases.offer(now, transfer_id, block_ids, tokens, ttl_s)
+            lease = self._leases.offer(now, transfer_id, block_ids, tokens, ttl_s, digests)
             self._look_in_time(lease)
         return self._seal(lease, tenant, reader, tuple(int(block) for block in block_ids))
 
@@ -287,13 +307,16 @@ class KvNode:
         `block_ids` may go on beyond that, and begin as they did before. With all the tokens, the stream is complete.
         False when the lease has ended: the node is closed, or the stream was withdrawn.
         """
-        with self._changed:
+        with self._lock:
             lease = self._leases.find(transfer_id)
-            if lease is None:
-                return False
-            tokens = self.layout.block_tokens
-            whole = tokens_ready // tokens if tokens_ready < lease.tokens else -(-tokens_ready // tokens)
-            published = self._leases.publish(time.monotonic(), transfer_id, block_ids[:whole], tokens_ready)
+        if lease is None:
+            return False
+        tokens = self.layout.block_tokens
+        whole = tokens_ready // tokens if tokens_ready < lease.tokens else -(-tokens_ready // tokens)
+        # Only this caller adds blocks to the lease, so they can be hashed without the lock.
+        digests = self._digests_of(block_ids[lease.blocks : whole])
+        with self._changed:
+            published = self._leases.publish(time.monotonic(), transfer_id, block_ids[:whole], tokens_ready, digests)
             self._look_in_time(lease)
         return published
 
@@ -302,6 +325,9 @@ class KvNode:
         name it. False when there was none."""
         with self._lock:
             return self._leases.withdraw(transfer_id)
+
+    def _digests_of(self, block_ids: Sequence[int]) -> list[int]:
+        return self._arena_digests.of(block_ids) if self._arena_digests is not None else []
 
     def _check_open(self) -> None:
         if self._closed or self._server is None:
@@ -548,8 +574,9 @@ class KvNode:
             self._settle(job, TransferEvent.WORD_HELD)
             staged = True
         except FetchError as error:
-            stale = error.outcome is Outcome.STALE
-            self._settle(job, TransferEvent.WORD_GONE if stale else TransferEvent.LOST)
+            self._settle(job, _EVENTS.get(error.outcome, TransferEvent.LOST))
+            if error.outcome is Outcome.CORRUPT:
+                log.error("%s: %s", self.name, error.detail)
             raise
         except Cancelled as cancelled:
             self._settle(job, TransferEvent.CANCEL)
@@ -583,6 +610,7 @@ class KvNode:
             piece_bytes=self.limits.piece_bytes,
             deadline=job.deadline,
             cancel=job.cancel,
+            digests=self._page_digests,
         )
 
     def _bytes_in(self, job: _Job) -> None:

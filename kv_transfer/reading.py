@@ -4,6 +4,9 @@ A handle that names its blocks is read at once. One that does not was made while
 the owner's board then says how many are whole and which they are. A look at it costs a read of sixteen bytes, so the
 reader looks seldom while a chunk is surely being computed, and often when the next one is due.
 
+With `digests` (kv_verify), what has been read is hashed while the next is waited for, and at the end compared with what
+the owner's row says.
+
 However long that takes, it is one lease: the word, read after the last byte, says that nothing was reused since the
 first. A word that is gone already says at every look that the rest need not be waited for.
 """
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 
 from kv_transfer.api import FetchError, Outcome
 from kv_transfer.board import Board, RowHeader, id_offset
+from kv_transfer.digest import BlockDigests
 from kv_transfer.handle import Handle
 from kv_transfer.layout import KvLayout
 from kv_transfer.roster import Peer
@@ -73,11 +77,15 @@ class Reading:
     piece_bytes: int
     deadline: float
     cancel: Cancel
+    #: Of the staging pages; None compares nothing.
+    digests: BlockDigests | None = None
 
     def run(self, bytes_in: Callable[[], None]) -> None:
-        """Returns when everything is there and the lease held; `bytes_in` is called before the word is read for it."""
+        """Returns when everything is there and the lease held; `bytes_in` is called before that is looked at."""
         self._check()
         pace, ids = Pace(), list(self.handle.block_ids)
+        here: list[int] = []
+        there: list[int] = []
         read = 0
         while True:
             # Not kept while there is nothing to read.
@@ -93,8 +101,14 @@ class Reading:
                 if read == len(self.pages):
                     self.cancel.check()
                     bytes_in()
+                    if self.digests is not None:
+                        there = self._read_digests()
                     self._confirm()
-                    return
+            if self.digests is not None:
+                here += self.digests.of(self.pages[len(here) : read])
+            if read == len(self.pages):
+                self._compare(here, there)
+                return
             self.cancel.wait(pace.pause_s(time.monotonic()))
 
     def _check(self) -> None:
@@ -136,6 +150,20 @@ class Reading:
         for piece in pieces(block_segments(self.layout, self.peer.facts.arena, ids, pages), self.piece_bytes):
             self.cancel.check()
             self.peer.wire.read(self.peer.facts.name, piece, self.deadline)
+
+    def _read_digests(self) -> list[int]:
+        there = self.handle.row * self.peer.facts.board_row_bytes + self.peer.facts.board_digests_offset
+        here = self.board.scratch_offset(self.scratch_slot) + self.board.digests_offset
+        segment = one_segment(BOARD, there, BOARD, here, 8 * len(self.pages))
+        self.peer.wire.read(self.peer.facts.name, segment, self.deadline)
+        return self.board.scratch_digests(self.scratch_slot, len(self.pages))
+
+    def _compare(self, here: Sequence[int], there: Sequence[int]) -> None:
+        wrong = sum(ours != theirs for ours, theirs in zip(here, there, strict=True))
+        if wrong:
+            peer, lane = self.peer.facts.name, self.peer.wire.transport.name
+            detail = f"{wrong} of {len(there)} blocks of {self.handle.transfer_id} are not as {peer} had them ({lane})"
+            raise FetchError(Outcome.CORRUPT, detail)
 
     def _confirm(self) -> None:
         header = self._look()

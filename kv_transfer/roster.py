@@ -181,6 +181,8 @@ class Roster:
         difference = layout_difference(self._layout_fields, facts.layout)
         if difference:
             raise FetchError(Outcome.REFUSED, f"the layout of {name} differs: {difference}")
+        if self._board.digests_offset and not facts.board_digests_offset:
+            raise FetchError(Outcome.REFUSED, f"{name} makes no digests: kv_verify is on here, off there")
         return facts
 
     def _wire_up(self, facts: PeerFacts, client: PeerClient, deadline: float, scratch_slot: int) -> Peer:

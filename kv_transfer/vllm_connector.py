@@ -125,6 +125,7 @@ class _Core:
             transports=make_transports(settings.transports, host=settings.host, tls=tls),
             host=settings.host,
             tls=tls,
+            verify=settings.kv_verify,
             limits=NodeLimits(blocks_per_row=-(-vllm_config.model_config.max_model_len // memory.block_tokens)),
         )
         self.node.open(

@@ -30,6 +30,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     transports: tuple[str, ...]
     staging_bytes: int
+    kv_verify: bool
     #: Private to the worker and its EngineCore, see `RunDir`.
     run_dir: str
     #: Names of files, no secrets.

@@ -29,6 +29,8 @@ class PeerFacts:
     arena: ArenaMap
     board_rows: int
     board_row_bytes: int
+    #: In a row; 0 when the owner makes none.
+    board_digests_offset: int
     #: By transport name. Gives access to memory: never logged.
     transports: Mapping[str, bytes]
 
@@ -119,6 +121,7 @@ def answer(facts: PeerFacts, nonce: bytes, secret: bytes) -> kv_pb2.PeerDescript
         blocks=facts.arena.blocks,
         board_rows=facts.board_rows,
         board_row_bytes=facts.board_row_bytes,
+        board_digests_offset=facts.board_digests_offset,
     )
     message.mac = sign(secret, _ANSWER, nonce, message.SerializeToString(deterministic=True))
     return message
@@ -141,5 +144,6 @@ def read_answer(message: kv_pb2.PeerDescription, nonce: bytes, secret: bytes) ->
         ),
         board_rows=message.board_rows,
         board_row_bytes=message.board_row_bytes,
+        board_digests_offset=message.board_digests_offset,
         transports=dict(message.transports),
     )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0fprotos/kv.proto\x12\ttandem.v1\"\x86\x02\n\x08KvHandle\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06reader\x18\x04 \x01(\t\x12\r\n\x05owner\x18\x05 \x01(\t\x12\x19\n\x11owner_incarnation\x18\x06 \x01(\t\x12\x15\n\rowner_address\x18\x07 \x01(\t\x12\x0b\n\x03row\x18\x08 \x01(\r\x12\x0c\n\x04word\x18\t \x01(\x06\x12\x0e\n\x06tokens\x18\n \x01(\r\x12\x11\n\tblock_ids\x18\x0b \x03(\r\x12\x15\n\rlayout_digest\x18\x0c \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\r \x01(\x04\x12\x0b\n\x03mac\x18\x0f \x01(\x0c\"=\n\x0f\x44\x65scribeRequest\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x0b\n\x03mac\x18\x03 \x01(\x0c\"\xbc\x03\n\x0fPeerDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x36\n\x06layout\x18\x03 \x03(\x0b\x32&.tandem.v1.PeerDescription.LayoutEntry\x12>\n\ntransports\x18\x04 \x03(\x0b\x32*.tandem.v1.PeerDescription.TransportsEntry\x12\x14\n\x0c\x61rena_offset\x18\x05 \x01(\x04\x12\x16\n\x0esegment_stride\x18\x06 \x01(\x04\x12\x14\n\x0c\x62lock_stride\x18\x07 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x08 \x01(\r\x12\x12\n\nboard_rows\x18\t \x01(\r\x12\x17\n\x0f\x62oard_row_bytes\x18\n \x01(\r\x12\r\n\x05model\x18\x0b \x01(\t\x12\x0f\n\x07\x64igests\x18\x0c \x01(\x08\x12\x0b\n\x03mac\x18\x0f \x01(\x0c\x1a-\n\x0bLayoutEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x31\n\x0fTransportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"5\n\x0eReleaseRequest\x12#\n\x06handle\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvHandle\"\x1f\n\x0fReleaseResponse\x12\x0c\n\x04held\x18\x01 \x01(\x08\"C\n\rExtendRequest\x12#\n\x06handle\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvHandle\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\"3\n\x0e\x45xtendResponse\x12\x0c\n\x04held\x18\x01 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x02 \x01(\x04\"@\n\x0c\x46\x65tchRequest\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\x12\r\n\x05\x61head\x18\x03 \x01(\x08\"\x93\x02\n\rFetchResponse\x12\x31\n\x07outcome\x18\x01 \x01(\x0e\x32 .tandem.v1.FetchResponse.Outcome\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x11\n\tstaged_id\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x11\n\ttransport\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x66\x65tch_s\x18\x07 \x01(\x01\"i\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\n\n\x06STAGED\x10\x01\x12\t\n\x05STALE\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\x12\x08\n\x04\x46ULL\x10\x05\x12\x0b\n\x07\x43ORRUPT\x10\x06\"#\n\x0e\x44iscardRequest\x12\x11\n\tstaged_id\x18\x01 \x01(\t\"\x11\n\x0f\x44iscardResponse\"/\n\x0e\x43onnectRequest\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"N\n\x0f\x43onnectResponse\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x17\n\x0fgigabytes_per_s\x18\x02 \x01(\x01\x12\x0f\n\x07refusal\x18\x03 \x01(\t\"\x0e\n\x0cStatsRequest\"\xdf\x01\n\rStatsResponse\x12\x16\n\x0ekv_blocks_free\x18\x01 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x02 \x01(\r\x12\x13\n\x0bleases_held\x18\x03 \x01(\r\x12\x15\n\rleased_blocks\x18\x04 \x01(\r\x12\x14\n\x0cstaged_pages\x18\x05 \x01(\r\x12\x1c\n\x14transfer_bytes_total\x18\x06 \x01(\x04\x12\x1f\n\x17transfer_failures_total\x18\x07 \x01(\x04\x12\x1c\n\x14leases_expired_total\x18\x08 \x01(\x04\x32\xcd\x01\n\x06KvPeer\x12\x42\n\x08\x44\x65scribe\x12\x1a.tandem.v1.DescribeRequest\x1a\x1a.tandem.v1.PeerDescription\x12@\n\x07Release\x12\x19.tandem.v1.ReleaseRequest\x1a\x1a.tandem.v1.ReleaseResponse\x12=\n\x06\x45xtend\x12\x18.tandem.v1.ExtendRequest\x1a\x19.tandem.v1.ExtendResponse2\xc7\x02\n\x07KvLocal\x12:\n\x05\x46\x65tch\x12\x17.tandem.v1.FetchRequest\x1a\x18.tandem.v1.FetchResponse\x12@\n\x07\x44iscard\x12\x19.tandem.v1.DiscardRequest\x1a\x1a.tandem.v1.DiscardResponse\x12@\n\x07Release\x12\x19.tandem.v1.ReleaseRequest\x1a\x1a.tandem.v1.ReleaseResponse\x12@\n\x07\x43onnect\x12\x19.tandem.v1.ConnectRequest\x1a\x1a.tandem.v1.ConnectResponse\x12:\n\x05Stats\x12\x17.tandem.v1.StatsRequest\x1a\x18.tandem.v1.StatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0fprotos/kv.proto\x12\ttandem.v1\"\x86\x02\n\x08KvHandle\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06reader\x18\x04 \x01(\t\x12\r\n\x05owner\x18\x05 \x01(\t\x12\x19\n\x11owner_incarnation\x18\x06 \x01(\t\x12\x15\n\rowner_address\x18\x07 \x01(\t\x12\x0b\n\x03row\x18\x08 \x01(\r\x12\x0c\n\x04word\x18\t \x01(\x06\x12\x0e\n\x06tokens\x18\n \x01(\r\x12\x11\n\tblock_ids\x18\x0b \x03(\r\x12\x15\n\rlayout_digest\x18\x0c \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\r \x01(\x04\x12\x0b\n\x03mac\x18\x0f \x01(\x0c\"=\n\x0f\x44\x65scribeRequest\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x0b\n\x03mac\x18\x03 \x01(\x0c\"\xc9\x03\n\x0fPeerDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x36\n\x06layout\x18\x03 \x03(\x0b\x32&.tandem.v1.PeerDescription.LayoutEntry\x12>\n\ntransports\x18\x04 \x03(\x0b\x32*.tandem.v1.PeerDescription.TransportsEntry\x12\x14\n\x0c\x61rena_offset\x18\x05 \x01(\x04\x12\x16\n\x0esegment_stride\x18\x06 \x01(\x04\x12\x14\n\x0c\x62lock_stride\x18\x07 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x08 \x01(\r\x12\x12\n\nboard_rows\x18\t \x01(\r\x12\x17\n\x0f\x62oard_row_bytes\x18\n \x01(\r\x12\r\n\x05model\x18\x0b \x01(\t\x12\x1c\n\x14\x62oard_digests_offset\x18\x0c \x01(\r\x12\x0b\n\x03mac\x18\x0f \x01(\x0c\x1a-\n\x0bLayoutEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x31\n\x0fTransportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"5\n\x0eReleaseRequest\x12#\n\x06handle\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvHandle\"\x1f\n\x0fReleaseResponse\x12\x0c\n\x04held\x18\x01 \x01(\x08\"C\n\rExtendRequest\x12#\n\x06handle\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvHandle\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\"3\n\x0e\x45xtendResponse\x12\x0c\n\x04held\x18\x01 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x02 \x01(\x04\"@\n\x0c\x46\x65tchRequest\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\x12\r\n\x05\x61head\x18\x03 \x01(\x08\"\x93\x02\n\rFetchResponse\x12\x31\n\x07outcome\x18\x01 \x01(\x0e\x32 .tandem.v1.FetchResponse.Outcome\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x11\n\tstaged_id\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x11\n\ttransport\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x66\x65tch_s\x18\x07 \x01(\x01\"i\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\n\n\x06STAGED\x10\x01\x12\t\n\x05STALE\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\x12\x08\n\x04\x46ULL\x10\x05\x12\x0b\n\x07\x43ORRUPT\x10\x06\"#\n\x0e\x44iscardRequest\x12\x11\n\tstaged_id\x18\x01 \x01(\t\"\x11\n\x0f\x44iscardResponse\"/\n\x0e\x43onnectRequest\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"N\n\x0f\x43onnectResponse\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x17\n\x0fgigabytes_per_s\x18\x02 \x01(\x01\x12\x0f\n\x07refusal\x18\x03 \x01(\t\"\x0e\n\x0cStatsRequest\"\x80\x02\n\rStatsResponse\x12\x16\n\x0ekv_blocks_free\x18\x01 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x02 \x01(\r\x12\x13\n\x0bleases_held\x18\x03 \x01(\r\x12\x15\n\rleased_blocks\x18\x04 \x01(\r\x12\x14\n\x0cstaged_pages\x18\x05 \x01(\r\x12\x1c\n\x14transfer_bytes_total\x18\x06 \x01(\x04\x12\x1f\n\x17transfer_failures_total\x18\x07 \x01(\x04\x12\x1c\n\x14leases_expired_total\x18\x08 \x01(\x04\x12\x1f\n\x17transfers_corrupt_total\x18\t \x01(\x04\x32\xcd\x01\n\x06KvPeer\x12\x42\n\x08\x44\x65scribe\x12\x1a.tandem.v1.DescribeRequest\x1a\x1a.tandem.v1.PeerDescription\x12@\n\x07Release\x12\x19.tandem.v1.ReleaseRequest\x1a\x1a.tandem.v1.ReleaseResponse\x12=\n\x06\x45xtend\x12\x18.tandem.v1.ExtendRequest\x1a\x19.tandem.v1.ExtendResponse2\xc7\x02\n\x07KvLocal\x12:\n\x05\x46\x65tch\x12\x17.tandem.v1.FetchRequest\x1a\x18.tandem.v1.FetchResponse\x12@\n\x07\x44iscard\x12\x19.tandem.v1.DiscardRequest\x1a\x1a.tandem.v1.DiscardResponse\x12@\n\x07Release\x12\x19.tandem.v1.ReleaseRequest\x1a\x1a.tandem.v1.ReleaseResponse\x12@\n\x07\x43onnect\x12\x19.tandem.v1.ConnectRequest\x1a\x1a.tandem.v1.ConnectResponse\x12:\n\x05Stats\x12\x17.tandem.v1.StatsRequest\x1a\x18.tandem.v1.StatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,39 +40,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=295
   _globals['_DESCRIBEREQUEST']._serialized_end=356
   _globals['_PEERDESCRIPTION']._serialized_start=359
-  _globals['_PEERDESCRIPTION']._serialized_end=803
-  _globals['_PEERDESCRIPTION_LAYOUTENTRY']._serialized_start=707
-  _globals['_PEERDESCRIPTION_LAYOUTENTRY']._serialized_end=752
-  _globals['_PEERDESCRIPTION_TRANSPORTSENTRY']._serialized_start=754
-  _globals['_PEERDESCRIPTION_TRANSPORTSENTRY']._serialized_end=803
-  _globals['_RELEASEREQUEST']._serialized_start=805
-  _globals['_RELEASEREQUEST']._serialized_end=858
-  _globals['_RELEASERESPONSE']._serialized_start=860
-  _globals['_RELEASERESPONSE']._serialized_end=891
-  _globals['_EXTENDREQUEST']._serialized_start=893
-  _globals['_EXTENDREQUEST']._serialized_end=960
-  _globals['_EXTENDRESPONSE']._serialized_start=962
-  _globals['_EXTENDRESPONSE']._serialized_end=1013
-  _globals['_FETCHREQUEST']._serialized_start=1015
-  _globals['_FETCHREQUEST']._serialized_end=1079
-  _globals['_FETCHRESPONSE']._serialized_start=1082
-  _globals['_FETCHRESPONSE']._serialized_end=1357
-  _globals['_FETCHRESPONSE_OUTCOME']._serialized_start=1252
-  _globals['_FETCHRESPONSE_OUTCOME']._serialized_end=1357
-  _globals['_DISCARDREQUEST']._serialized_start=1359
-  _globals['_DISCARDREQUEST']._serialized_end=1394
-  _globals['_DISCARDRESPONSE']._serialized_start=1396
-  _globals['_DISCARDRESPONSE']._serialized_end=1413
-  _globals['_CONNECTREQUEST']._serialized_start=1415
-  _globals['_CONNECTREQUEST']._serialized_end=1462
-  _globals['_CONNECTRESPONSE']._serialized_start=1464
-  _globals['_CONNECTRESPONSE']._serialized_end=1542
-  _globals['_STATSREQUEST']._serialized_start=1544
-  _globals['_STATSREQUEST']._serialized_end=1558
-  _globals['_STATSRESPONSE']._serialized_start=1561
-  _globals['_STATSRESPONSE']._serialized_end=1784
-  _globals['_KVPEER']._serialized_start=1787
-  _globals['_KVPEER']._serialized_end=1992
-  _globals['_KVLOCAL']._serialized_start=1995
-  _globals['_KVLOCAL']._serialized_end=2322
+  _globals['_PEERDESCRIPTION']._serialized_end=816
+  _globals['_PEERDESCRIPTION_LAYOUTENTRY']._serialized_start=720
+  _globals['_PEERDESCRIPTION_LAYOUTENTRY']._serialized_end=765
+  _globals['_PEERDESCRIPTION_TRANSPORTSENTRY']._serialized_start=767
+  _globals['_PEERDESCRIPTION_TRANSPORTSENTRY']._serialized_end=816
+  _globals['_RELEASEREQUEST']._serialized_start=818
+  _globals['_RELEASEREQUEST']._serialized_end=871
+  _globals['_RELEASERESPONSE']._serialized_start=873
+  _globals['_RELEASERESPONSE']._serialized_end=904
+  _globals['_EXTENDREQUEST']._serialized_start=906
+  _globals['_EXTENDREQUEST']._serialized_end=973
+  _globals['_EXTENDRESPONSE']._serialized_start=975
+  _globals['_EXTENDRESPONSE']._serialized_end=1026
+  _globals['_FETCHREQUEST']._serialized_start=1028
+  _globals['_FETCHREQUEST']._serialized_end=1092
+  _globals['_FETCHRESPONSE']._serialized_start=1095
+  _globals['_FETCHRESPONSE']._serialized_end=1370
+  _globals['_FETCHRESPONSE_OUTCOME']._serialized_start=1265
+  _globals['_FETCHRESPONSE_OUTCOME']._serialized_end=1370
+  _globals['_DISCARDREQUEST']._serialized_start=1372
+  _globals['_DISCARDREQUEST']._serialized_end=1407
+  _globals['_DISCARDRESPONSE']._serialized_start=1409
+  _globals['_DISCARDRESPONSE']._serialized_end=1426
+  _globals['_CONNECTREQUEST']._serialized_start=1428
+  _globals['_CONNECTREQUEST']._serialized_end=1475
+  _globals['_CONNECTRESPONSE']._serialized_start=1477
+  _globals['_CONNECTRESPONSE']._serialized_end=1555
+  _globals['_STATSREQUEST']._serialized_start=1557
+  _globals['_STATSREQUEST']._serialized_end=1571
+  _globals['_STATSRESPONSE']._serialized_start=1574
+  _globals['_STATSRESPONSE']._serialized_end=1830
+  _globals['_KVPEER']._serialized_start=1833
+  _globals['_KVPEER']._serialized_end=2038
+  _globals['_KVLOCAL']._serialized_start=2041
+  _globals['_KVLOCAL']._serialized_end=2368
 # @@protoc_insertion_point(module_scope)

@@ -50,7 +50,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, caller: _Optional[str] = ..., nonce: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class PeerDescription(_message.Message):
-    __slots__ = ("name", "incarnation", "layout", "transports", "arena_offset", "segment_stride", "block_stride", "blocks", "board_rows", "board_row_bytes", "model", "digests", "mac")
+    __slots__ = ("name", "incarnation", "layout", "transports", "arena_offset", "segment_stride", "block_stride", "blocks", "board_rows", "board_row_bytes", "model", "board_digests_offset", "mac")
     class LayoutEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -76,7 +76,7 @@ class PeerDescription(_message.Message):
     BOARD_ROWS_FIELD_NUMBER: _ClassVar[int]
     BOARD_ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
-    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    BOARD_DIGESTS_OFFSET_FIELD_NUMBER: _ClassVar[int]
     MAC_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: str
@@ -89,9 +89,9 @@ class PeerDescription(_message.Message):
     board_rows: int
     board_row_bytes: int
     model: str
-    digests: bool
+    board_digests_offset: int
     mac: bytes
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout: _Optional[_Mapping[str, str]] = ..., transports: _Optional[_Mapping[str, bytes]] = ..., arena_offset: _Optional[int] = ..., segment_stride: _Optional[int] = ..., block_stride: _Optional[int] = ..., blocks: _Optional[int] = ..., board_rows: _Optional[int] = ..., board_row_bytes: _Optional[int] = ..., model: _Optional[str] = ..., digests: _Optional[bool] = ..., mac: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout: _Optional[_Mapping[str, str]] = ..., transports: _Optional[_Mapping[str, bytes]] = ..., arena_offset: _Optional[int] = ..., segment_stride: _Optional[int] = ..., block_stride: _Optional[int] = ..., blocks: _Optional[int] = ..., board_rows: _Optional[int] = ..., board_row_bytes: _Optional[int] = ..., model: _Optional[str] = ..., board_digests_offset: _Optional[int] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("handle",)
@@ -198,7 +198,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("kv_blocks_free", "kv_blocks_total", "leases_held", "leased_blocks", "staged_pages", "transfer_bytes_total", "transfer_failures_total", "leases_expired_total")
+    __slots__ = ("kv_blocks_free", "kv_blocks_total", "leases_held", "leased_blocks", "staged_pages", "transfer_bytes_total", "transfer_failures_total", "leases_expired_total", "transfers_corrupt_total")
     KV_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     LEASES_HELD_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +207,7 @@ class StatsResponse(_message.Message):
     TRANSFER_BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FAILURES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     LEASES_EXPIRED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_CORRUPT_TOTAL_FIELD_NUMBER: _ClassVar[int]
     kv_blocks_free: int
     kv_blocks_total: int
     leases_held: int
@@ -215,4 +216,5 @@ class StatsResponse(_message.Message):
     transfer_bytes_total: int
     transfer_failures_total: int
     leases_expired_total: int
-    def __init__(self, kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., leases_held: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., staged_pages: _Optional[int] = ..., transfer_bytes_total: _Optional[int] = ..., transfer_failures_total: _Optional[int] = ..., leases_expired_total: _Optional[int] = ...) -> None: ...
+    transfers_corrupt_total: int
+    def __init__(self, kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., leases_held: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., staged_pages: _Optional[int] = ..., transfer_bytes_total: _Optional[int] = ..., transfer_failures_total: _Optional[int] = ..., leases_expired_total: _Optional[int] = ..., transfers_corrupt_total: _Optional[int] = ...) -> None: ...

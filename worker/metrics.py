@@ -72,6 +72,10 @@ class WorkerMetrics:
             "kv_blocks": ("KV blocks in all.", lambda now: now.engine.kv_blocks_total),
             "leases_held": ("Leases pinned for readers.", lambda now: now.engine.leases_held),
             "staged_pages": ("Staging pages taken.", lambda now: now.engine.staged_pages),
+            "transfers_corrupt": (
+                "Reads since the start whose bytes were not the owner's (kv_verify).",
+                lambda now: now.engine.transfers_corrupt_total,
+            ),
         }
         for name, (text, value) in gauges.items():
             gauge = Gauge(f"tandem_worker_{name}", text, ["worker"], registry=self.registry)

@@ -97,6 +97,7 @@ def open_party(
     limits: NodeLimits | None = None,
     port: int = 0,
     on_ended: Callable[[], None] | None = None,
+    verify: bool = False,
     tls: Tls | None = None,
 ) -> Party:
     lay = lay or layout()
@@ -113,6 +114,7 @@ def open_party(
         transports=transports,
         port=port,
         limits=limits,
+        verify=verify,
         tls=tls,
     )
     node.open(

@@ -145,6 +145,7 @@ def test_a_meeting_proves_the_secret_both_ways():
         layout={"b": "2", "a": "1"},
         arena=ArenaMap(blocks=4, segment_stride=10, block_stride=20, offset=3),
         board_rows=8,
+        board_digests_offset=96,
         board_row_bytes=64,
         transports={"y": b"2", "x": b"1"},
     )
