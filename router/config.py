@@ -250,10 +250,10 @@ class RouterConfig:
         """Whoever joins sees every prompt it is given and makes up answers."""
         tls = self.worker_tls if self.worker_listen else self.tls
         host = self.worker_listen.rpartition(":")[0] if self.worker_listen else self.host
-        if self.auth.mode == "certificates" and not self.tls.require_client_cert:
-            return ["tls.require_client_cert: must be true with auth.mode certificates"]
-        if self.worker_certificates and not tls.require_client_cert:
-            return ["worker_certificates: needs a port that requires clients' certificates (require_client_cert)"]
+        if self.auth.mode == "certificates" and not (self.tls.serves and self.tls.ca):
+            return ["tls.ca: must say who vouches for callers, with auth.mode certificates"]
+        if self.worker_certificates and not (tls.serves and tls.ca):
+            return ["worker_certificates: needs a port that knows who vouches for them (tls.cert, tls.key, tls.ca)"]
         if self.join_key or self.worker_certificates or (self.auth.mode == "none" and is_loopback(host)):
             return []
         return ["join_key: must be given, or worker_certificates: without them anybody there could be a worker"]

@@ -61,8 +61,9 @@ class Refusals:
         bucket.left -= 1
         untold, bucket.untold = bucket.untold, 0
         more = f" (and {untold} before it that were not told)" if untold else ""
-        named = f" {who[:_WHO_CHARS_MAX]!r}" if who else ""
-        _log.warning("%s refused:%s from %s: %s: %s%s", self._what, named, source, error.reason, error.message, more)
+        named = f" as {who[:_WHO_CHARS_MAX]!r}" if who else ""
+        source = source or "unknown"
+        _log.warning("%s refused from %s%s: %s: %s%s", self._what, source, named, error.reason, error.message, more)
         return 0.0
 
     def told(self) -> dict[str, int]:

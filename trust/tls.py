@@ -52,8 +52,8 @@ class TlsFiles:
     #: Certificates of the authorities believed when others show theirs. Empty: the system's for servers that are
     #: dialled, none for clients.
     ca: str = ""
-    #: Of who connects: a certificate that `ca` vouches for. gRPC can't ask for one without requiring it; HTTP asks
-    #: whenever there is a `ca`.
+    #: Of who connects: a certificate that `ca` vouches for. Without it, a router with a `ca` still asks for one, and
+    #: goes on without.
     require_client_cert: bool = False
     #: A name that servers' certificates must carry, in place of the address dialled.
     server_name: str = ""

@@ -135,7 +135,7 @@ class TestStrangers:
                 call = link(router)
                 await call.write(Message(hello=await proven(call, hello("w\nx", BOTH), b"wrong")))
                 is_stranger(await refusal(router, call), "")
-            assert caplog.text.count("joining refused: 'w\\nx' from 127.0.0.1: JOIN_PROOF_WRONG") == 1
+            assert caplog.text.count("joining refused from 127.0.0.1 as 'w\\nx': JOIN_PROOF_WRONG") == 1
             page = await asyncio.to_thread(metrics, router)
             assert 'tandem_refused_total{reason="JOIN_PROOF_WRONG",what="joins"} 5.0' in page
 
@@ -185,7 +185,7 @@ class TestRefusals:
         lines = [record.getMessage() for record in caplog.records]
         assert len(lines) == 4
         assert lines[-1] == (
-            "credentials refused: from a: KEY_UNKNOWN: no such key (and 2 before it that were not told)"
+            "credentials refused from a: KEY_UNKNOWN: no such key (and 2 before it that were not told)"
         )
 
     def test_it_remembers_so_many_sources(self, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import grpc
 import pytest
@@ -19,6 +20,7 @@ import pytest
 from protos import inference_pb2, inference_pb2_grpc
 from router.config import AuthConfig, RouterConfig
 from router.core.tenant import BookRefused
+from router.edge import keys
 from router.tenants import book
 from tests.certificates import Authority
 from tests.router.running import JOIN_KEY, MODEL, MODEL_DIR, WAIT_S, Router, Worker, running
@@ -206,6 +208,18 @@ class TestClientCertificates:
             error = await refused(router, [("x-api-key", "nonsense")])
             assert error.code() is grpc.StatusCode.UNAUTHENTICATED
 
+    async def test_where_they_are_not_required_keys_do_as_well(self, authority: Authority, tmp_path: Path) -> None:
+        store = tmp_path / "keys.json"
+        with keys.editing(store, tmp_path / "pepper") as editor:
+            made, _, key = editor.store.create(editor.pepper, "acme", 0.0)
+            editor.save(made)
+        async with by_certificate(authority, tmp_path, mode="keys", store=store, required=False) as router:
+            async with dialled(router, authority.issue("acme", "spiffe://tests/acme")):
+                assert await generate(router) == [*ANSWER]
+            async with dialled(router, believing(authority.ca)):
+                assert await generate(router, [("x-api-key", key)]) == [*ANSWER]
+                assert (await refused(router)).code() is grpc.StatusCode.UNAUTHENTICATED
+
     async def test_new_certificates_gain_no_new_share(self, authority: Authority, tmp_path: Path) -> None:
         tenants = TENANTS + "[unknown]\nrequests_per_minute = 3\n"
         async with by_certificate(authority, tmp_path, tenants) as router:
@@ -229,12 +243,20 @@ class TestClientCertificates:
 
 
 @asynccontextmanager
-async def by_certificate(authority: Authority, folder: Path, tenants: str = TENANTS) -> AsyncIterator[Router]:
+async def by_certificate(
+    authority: Authority,
+    folder: Path,
+    tenants: str = TENANTS,
+    *,
+    mode: Literal["keys", "certificates"] = "certificates",
+    store: Path | None = None,
+    required: bool = True,
+) -> AsyncIterator[Router]:
     """A router that knows callers by their certificates, and one worker."""
     file = folder / "tenants.toml"
     file.write_text(tenants)
-    files = authority.issue("router", require_client_cert=True)
-    auth = AuthConfig(mode="certificates")
+    files = authority.issue("router", require_client_cert=required)
+    auth = AuthConfig(mode=mode, keys_file=str(store or ""))
     config = {"tls": files, "auth": auth, "tenants_file": str(file), "http_port": 0}
     async with running(**config) as router, dialled(router, authority.issue("worker")):  # type: ignore[arg-type]
         worker = await router.worker("w", answer=ANSWER)
@@ -371,10 +393,10 @@ class TestConfiguration:
         values = {"host": "0.0.0.0", "auth": AuthConfig(allow_unauthenticated=True), "join_key": b""}
         with pytest.raises(ValueError, match="join_key: must be given"):
             self.config(**{**values, "tls": authority.issue("router")})
-        with pytest.raises(ValueError, match="require_client_cert"):
-            self.config(**{**values, "tls": authority.issue("router"), "worker_certificates": ("spiffe://c/w",)})
-        strict = authority.issue("router", require_client_cert=True)
-        self.config(**{**values, "tls": strict, "worker_certificates": ("spiffe://c/w",)})
+        named = {**values, "worker_certificates": ("spiffe://c/w",)}
+        with pytest.raises(ValueError, match="worker_certificates: needs a port that knows who vouches for them"):
+            self.config(**{**named, "tls": authority.issue("router", ca="")})
+        self.config(**{**named, "tls": authority.issue("router")})
 
     def test_what_cannot_be_used_is_refused_naming_the_file(self, authority: Authority, tmp_path: Path) -> None:
         good, other = authority.issue("good"), authority.issue("other")
