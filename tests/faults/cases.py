@@ -63,6 +63,7 @@ ENGINE_SETTINGS = {
         "engine.kv_cache_bytes=16MiB",
         "engine.staging_bytes=8MiB",
         "engine.max_running=16",
+        "worker.decode.legs=16",
         "engine.max_batched_tokens=512",
     ),
 }
