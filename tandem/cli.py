@@ -89,6 +89,9 @@ PortOption = Annotated[int | None, typer.Option(help="Where clients connect; 0 t
 HttpPortOption = Annotated[
     int | None, typer.Option(help="Where OpenAI's API is served; none by default, 0 takes any free port.")
 ]
+KvVerifyOption = Annotated[
+    bool | None, typer.Option("--kv-verify", help="Compare a digest of every KV block that is handed over.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration file.")
 ]
@@ -126,6 +129,7 @@ def up(
     model: ModelOption = None,
     port: PortOption = None,
     http_port: HttpPortOption = None,
+    kv_verify: KvVerifyOption = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Asked when all are ready; may be repeated.")] = None,
     no_prompt: Annotated[bool, typer.Option("--no-prompt", help="Ask nothing.")] = False,
     config: ConfigOption = None,
@@ -141,7 +145,8 @@ def up(
     from tandem.up import up as run
 
     with _errors_in_one_line():
-        loaded = launch.load(config, os.environ, _flags(engine, prefill, decode, model, port, http_port), set_ or ())
+        flags = _flags(engine, prefill, decode, model, port, http_port, kv_verify)
+        loaded = launch.load(config, os.environ, flags, set_ or ())
         may_ask = loaded.router.auth.mode == "none" or API_KEY_VARIABLE in os.environ
         prompts = () if no_prompt else tuple(prompt or ((launch.PROMPT,) if may_ask else ()))
         with launch.plan(loaded, _state_dir(state_dir), prompts) as plan:
@@ -156,6 +161,7 @@ def show_config(
     model: ModelOption = None,
     port: PortOption = None,
     http_port: HttpPortOption = None,
+    kv_verify: KvVerifyOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -163,7 +169,8 @@ def show_config(
     from tandem import launch
 
     with _errors_in_one_line():
-        loaded = launch.load(config, os.environ, _flags(engine, prefill, decode, model, port, http_port), set_ or ())
+        flags = _flags(engine, prefill, decode, model, port, http_port, kv_verify)
+        loaded = launch.load(config, os.environ, flags, set_ or ())
         print(loaded.as_toml(), end="")
 
 
@@ -174,6 +181,7 @@ def _flags(
     model: str | None,
     port: int | None,
     http_port: int | None,
+    kv_verify: bool | None,
 ) -> dict[str, tuple[str, object]]:
     """Key -> flag and value, for the flags given."""
     flags: dict[str, tuple[str, object]] = {
@@ -183,6 +191,7 @@ def _flags(
         "cluster.model": ("--model", model),
         "router.port": ("--port", port),
         "router.http_port": ("--http-port", http_port),
+        "engine.kv_verify": ("--kv-verify", kv_verify),
     }
     return {key: given for key, given in flags.items() if given[1] is not None}
 

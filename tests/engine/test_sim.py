@@ -338,6 +338,29 @@ async def test_leased_blocks_count_as_used_until_released(pair: Pair) -> None:
     await pair.prefill.release(result.handle)
 
 
+@pytest.mark.parametrize("tokens", [100, 2000], ids=["at once", "while it is computed"])
+async def test_a_bit_that_flips_in_leased_memory_is_found_before_anything_attends_to_it(
+    model: Path, tokens: int
+) -> None:
+    verified = options(model, kv_verify=True, max_batched_tokens=512)
+    async with pair_of(replace(verified, name="p"), replace(verified, name="d")) as pair:
+        prompt, state = prompt_of(tokens), pair.prefill._state
+        assert state is not None
+        offered: list[bytes] = []
+        result = await pair.prefill.prefill(prefill_leg("a", prompt), offered.append)
+        assert offered == ([result.handle] if tokens > 512 else [])
+        assert result.handle is not None
+        block = state.core._leases["a"].blocks[2]
+        state.core._memory.arena[block * state.core._memory.block_bytes + 9] ^= 4
+        error = await failure(pair.decode.fetch(result.handle, 5))
+        assert error.kind is FailureKind.TRANSFER, "its prefill is done again"
+        assert "1 of" in error.detail
+        load = await pair.decode.load()
+        assert (load.transfers_corrupt_total, load.transfer_failures_total, load.staged_pages) == (1, 1, 0)
+        await becomes_idle(pair.prefill)
+        assert await pair.answer("b", prompt_of(tokens, seed=1), GREEDY)
+
+
 async def test_an_idle_engine_learns_that_a_lease_has_run_out(pair: Pair) -> None:
     await pair.prefill.prefill(prefill_leg("a", prompt_of(100), lease_ttl_s=0.05))
     await becomes_idle(pair.prefill)
