@@ -50,7 +50,7 @@ class PastContext(OutOfRange):
 
 
 #: Inclusive ranges. Outside of them a value is a mistake: engines would clamp it, or answer noise.
-_RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "min_p": (0.0, 1.0),
     "presence_penalty": (-2.0, 2.0),
@@ -107,7 +107,7 @@ class Rules:
             raise Invalid("lane", f"must be one of {known}, is {name!r}") from None
 
     def sampling(self, asked: Asked, prompt_tokens: int, facts: ModelFacts) -> Sampling:
-        for name, (low, high) in _RANGES.items():
+        for name, (low, high) in RANGES.items():
             _check(name, getattr(asked, name), low, high)
         if asked.top_p is not None and not 0 < asked.top_p <= 1:
             raise _outside("top_p", asked.top_p, "more than 0 and at most 1")

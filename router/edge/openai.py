@@ -42,6 +42,7 @@ from router.edge.openai_body import (
     said_in,
 )
 from router.edge.openai_tools import NO_TOOLS, Use, use
+from router.edge.openapi import document
 from router.port import ModelView
 
 T = TypeVar("T")
@@ -79,6 +80,7 @@ class OpenAIEdge:
         self._http = http
         self._version = version
         self._metrics = metrics
+        self._openapi = _encode(document(version, requests))
         self._began = int(time.time())
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/completions": {"POST": self._completions},
@@ -89,6 +91,7 @@ class OpenAIEdge:
             "/health": {"GET": self._health},
             "/ping": {"GET": self._ping},
             "/version": {"GET": self._say_version},
+            "/openapi.json": {"GET": self._say_openapi},
             "/metrics": {"GET": self._say_metrics},
         }
 
@@ -352,6 +355,9 @@ class OpenAIEdge:
     async def _ping(self, exchange: Exchange) -> None:
         """Whether the process lives."""
         await exchange.reply(b"{}")
+
+    async def _say_openapi(self, exchange: Exchange) -> None:
+        await exchange.reply(self._openapi)
 
     async def _say_version(self, exchange: Exchange) -> None:
         await exchange.reply(_encode({"version": self._version}))

@@ -147,12 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("address")
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", action="append", default=[], help="part of a method's name")
     parser.add_argument("--word", action="append", default=[], help="a text that means something to the server")
     asked = parser.parse_args(arguments)
     fine = True
     for method in methods(asked.address):
-        if asked.only in method.full_name:
+        if any(part in method.full_name for part in asked.only or [""]):
             outcome = asyncio.run(fuzz(asked.address, method, asked.cases, asked.seed, asked.word or ["x"]))
             fine = report(method.full_name, outcome) and fine
     return 0 if fine else 1

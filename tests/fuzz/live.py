@@ -20,6 +20,25 @@ from tests.cluster.harness import ROOT, Cluster, cluster
 #: Fetched by `make fuzz-http`, in an environment of its own.
 HTTP_ENVIRONMENT = ROOT / ".venv-fuzz"
 _IDLE_WITHIN_S = 20.0
+#: Paths that take something: the cases are spread over these.
+_PATHS_WITH_CHOICE = 5
+_CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+)
+_HTTP_FLAGS = (
+    f"--checks={','.join(_CHECKS)}",
+    "--phases=fuzzing",
+    "--continue-on-failure",
+    "--generation-database=none",
+    "--request-timeout=30",
+    "--no-color",
+    "--warnings=off",
+)
 
 
 def held(status: ClusterStatus) -> list[str]:
@@ -70,13 +89,11 @@ def main() -> int:
             words = ["tandem-nano", "def f(x):", "text_input", "stream", "max_tokens", "BYTES"]
             command = [sys.executable, "-m", "tests.fuzz.grpc_methods", running.address]
             command += [f"--word={word}" for word in words]
+            command += [f"--cases={asked.cases}"]
         else:
-            command = [
-                str(HTTP_ENVIRONMENT / "bin" / "python"),
-                str(ROOT / "tests/fuzz/http_paths.py"),
-                http_url(running),
-            ]
-        done = subprocess.run([*command, f"--cases={asked.cases}", *rest], cwd=ROOT)
+            command = [str(HTTP_ENVIRONMENT / "bin" / "schemathesis"), "run", f"{http_url(running)}/openapi.json"]
+            command += [f"--max-examples={-(-asked.cases // _PATHS_WITH_CHOICE)}", *_HTTP_FLAGS]
+        done = subprocess.run([*command, *rest], cwd=ROOT)
         left = becomes_idle(running)
         with running.client() as client:
             served = "".join(delta.text for delta in client.generate("x = 1", max_tokens=4))

@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Sequence
 from random import Random
+from typing import cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -38,7 +39,7 @@ class Messages:
         if good and random.random() < 0.7:
             message = type(chosen := random.choice(good))()
             message.CopyFrom(chosen)
-            for _ in range(random.choice((0, 1, 1, 2))):
+            for _ in range(random.choice((0, 0, 0, 1, 2))):
                 self._alter(message)
         else:
             message = self.message(kind)
@@ -63,7 +64,7 @@ class Messages:
 
     def _alter(self, message: Message) -> None:
         """One field, at any depth, gets another value or none."""
-        field: FieldDescriptor = self._random.choice(list(message.DESCRIPTOR.fields))
+        field = cast(FieldDescriptor, self._random.choice(message.DESCRIPTOR.fields))
         is_single = field.message_type and not field.is_repeated
         if is_single and message.HasField(field.name) and self._random.random() < 0.8:
             self._alter(getattr(message, field.name))

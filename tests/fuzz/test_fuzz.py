@@ -32,4 +32,4 @@ async def test_calls_that_can_be_served_are_among_them(serving: Cluster) -> None
         if method.full_name in grpc_methods.GOOD:
             outcome = await grpc_methods.fuzz(serving.address, method, 60, 3, ["tandem-nano"])
             served = outcome.codes["OK"] + outcome.codes["DEADLINE_EXCEEDED"]  # watching has no end of its own
-            assert served > 5, (method.full_name, outcome.codes)
+            assert served > 3, (method.full_name, outcome.codes)

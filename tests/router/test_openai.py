@@ -17,6 +17,7 @@ from router.config import AuthConfig, HttpLimits, RequestLimits
 from router.core.limits import CoreLimits
 from router.edge import keys
 from router.edge.chat import ChatTemplate, Said
+from router.edge.openai_body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from router.edge.text import ModelText
 from tests.router.http_client import Response, call, connected
 from tests.router.running import CONTEXT, DECODE, MODEL, MODEL_DIR, VOCAB, WAIT_S, Router, Worker, running
@@ -508,6 +509,32 @@ class TestTools:
         prompt = TEXT.decode(tuple((await worker.wait_for("decode"))[0].decode.token_ids))
         call = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
         assert prompt == f"<user>?<assistant>{call}<tool>42#c1"
+
+
+class TestOpenApi:
+    async def test_the_document_names_every_path_and_every_field_that_is_read(self, router: Router) -> None:
+        document = (await call(port(router), "GET", "/openapi.json")).json
+        assert document["openapi"].startswith("3.1")
+        schemas = document["components"]["schemas"]
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                sent = {} if method == "post" else None
+                answer = await call(port(router), method.upper(), path.format(model=MODEL), sent)
+                assert str(answer.status) in operation["responses"], (method, path)
+        for kind in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody):
+            assert schemas[kind.__name__]["properties"].keys() >= set(kind.__struct_fields__)
+
+    async def test_its_ranges_are_those_that_are_checked(self, router: Router) -> None:
+        await router.worker("b", answer=ANSWER)
+        document = (await call(port(router), "GET", "/openapi.json")).json
+        properties = document["components"]["schemas"]["CompletionBody"]["properties"]
+        for name in ("temperature", "min_p", "presence_penalty", "frequency_penalty", "n", "seed"):
+            schema = next(one for one in properties[name]["anyOf"] if one["type"] != "null")
+            low, high = schema["minimum"], schema["maximum"]
+            for value in (low - 1, high + 1 if high < 2**62 else 2**64):
+                response = await post(router, COMPLETIONS, completion(**{name: value}))
+                assert (response.status, response.error["param"]) == (400, name), value
+            assert (await post(router, COMPLETIONS, completion(**{name: low}))).status == 200
 
 
 class TestOtherPaths:
