@@ -14,6 +14,7 @@ from typing import IO
 import msgspec
 
 from engine.base import EngineOptions
+from prefill.admission import PrefillLimits
 from router import config as router_config
 from router.config import RouterConfig
 from tandem import Client, TandemError
@@ -46,6 +47,7 @@ def cluster(
     engine: str,
     logs: Path,
     router: RouterConfig | None = None,
+    prefill: PrefillLimits | None = None,
 ) -> Iterator[Cluster]:
     """Worker i has role i. Returns at once; `wait_ready` waits, so that several clusters can load side by side."""
     logs.mkdir(parents=True, exist_ok=True)
@@ -64,6 +66,7 @@ def cluster(
                 routers=(address,),
                 engine=engine,
                 engine_options=replace(options, name=worker_id),
+                prefill=prefill or PrefillLimits(),
                 log=LogSettings(level="WARNING"),
             )
             running[worker_id] = _start("worker", worker_config.to_json(told), logs / f"{worker_id}.log")
@@ -77,10 +80,12 @@ def cluster(
             process.kill()
 
 
-def wait_ready(found: Cluster, workers: int, timeout_s: float = START_TIMEOUT_S) -> None:
-    """Until so many workers are linked."""
+def wait_ready(
+    found: Cluster, workers: int, timeout_s: float = START_TIMEOUT_S, *, api_key: str | None = None
+) -> None:
+    """Until so many workers are linked. The key is an operator's."""
     give_up = time.monotonic() + timeout_s
-    with Client(found.address) as client:
+    with Client(found.address, api_key=api_key) as client:
         while time.monotonic() < give_up:
             with suppress(TandemError):
                 if len(client.status().workers) >= workers:

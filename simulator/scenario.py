@@ -171,22 +171,13 @@ class Run:
         return [served for served in self.served if served.request.tenant == tenant]
 
     def _new_core(self, now: float, records: tuple[Record, ...]) -> Core:
-        hardware = step_time(self.scenario.pools[0].hardware)
-        step = StepModel(
-            prefill_s=hardware.prefill_ms / 1e3,
-            prefill_s_per_token=hardware.prefill_ms_per_token / 1e3,
-            prefill_s_per_pair=hardware.prefill_ms_per_pair / 1e3,
-            kv_bytes_per_token=hardware.kv_bytes_per_token,
-            transfer_s=0.001,
-            transfer_bytes_per_s=40e9,
-        )
         return Core(
             now=now,
             limits=CoreLimits(queue_requests_max=200_000, queue_tokens_max=10**9, path_wait_s=5.0, history_max=10),
             models=(MODEL,),
             book=self.book,
             fair=FairLimits(output_tokens_first=128),
-            step=step,
+            step=step_model(self.scenario.pools[0].hardware),
             cache_secret=b"simulated",
             wall_offset_s=1_800_000_000.0,
             records=records,
@@ -277,6 +268,19 @@ class Run:
             self.dispatched[tenant].append((self.pool.now, amount))
         else:
             self.work[tenant].append((self.pool.now, amount * (2.0 if what == "generated" else 1.0)))
+
+
+def step_model(hardware: str) -> StepModel:
+    """What a router of such workers is told of them."""
+    row = step_time(hardware)
+    return StepModel(
+        prefill_s=row.prefill_ms / 1e3,
+        prefill_s_per_token=row.prefill_ms_per_token / 1e3,
+        prefill_s_per_pair=row.prefill_ms_per_pair / 1e3,
+        kv_bytes_per_token=row.kv_bytes_per_token,
+        transfer_s=0.001,
+        transfer_bytes_per_s=40e9,
+    )
 
 
 # Reading.
