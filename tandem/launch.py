@@ -88,6 +88,7 @@ def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Pl
             address=address,
             operator_key=operator_key,
             tls=tls,
+            is_open=router.auth.mode == "none",
             http_address=None if router.http_port is None else f"{_reachable(router.host)}:{router.http_port}",
             run_dir=run_dir,
             prompts=prompts,

@@ -51,6 +51,8 @@ class Plan:
     http_address: str | None = None
     #: What clients on this machine speak.
     tls: TlsFiles = PLAINTEXT
+    #: Callers are not asked who they are.
+    is_open: bool = False
     #: For operators' calls to this cluster.
     operator_key: str
     run_dir: Path
@@ -105,6 +107,8 @@ async def _serve(plan: Plan, console: Console) -> None:
     if plan.http_address is not None:
         scheme = "https" if plan.tls.dials else "http"
         console.print(f"OpenAI's API on {scheme}://{escape(plan.http_address)}/v1")
+    if plan.is_open:
+        console.print("UNAUTHENTICATED: whoever reaches it may use and steer this cluster", style="yellow")
     console.print("From another terminal:", style="dim")
     for command in (f'tandem generate{flag} "import os"', f"tandem status{flag}", f"tandem status{flag} --watch"):
         console.print(f"  {command}", style="cyan", markup=False, highlight=False, soft_wrap=True)

@@ -53,8 +53,13 @@ class Presented:
     token: str = ""
     #: Of a peer certificate that the transport verified: its URIs (SPIFFE ids) and DNS names.
     certificate_names: tuple[str, ...] = ()
-    #: Where it came from, see `router.refusals`; empty where that is not known.
-    source: str = ""
+    #: The other end's address, as gRPC names it or plain; empty where that is not known.
+    peer: str = ""
+
+    @property
+    def source(self) -> str:
+        """See `router.refusals`."""
+        return source_of(self.peer) if self.peer else ""
 
 
 #: Nothing came.
@@ -170,7 +175,7 @@ class Authenticator:
             identity = await self._identify(presented)
         except Unauthenticated as refused:
             wait_s = self.refusals.note(presented.source, refused)
-            if wait_s and presented.source:
+            if wait_s and presented.peer:
                 raise Rejected(
                     "REFUSED_TOO_OFTEN", f"{refused.message}; and too many such came from there", retry_after_s=wait_s
                 ) from None
@@ -208,7 +213,7 @@ def presented(
     if len(tokens) > 1:
         raise Unauthenticated("CREDENTIALS_AMBIGUOUS", "more than one credential came with the call")
     names = names or certificate_names(auth_context or {})
-    return Presented(next(iter(tokens), ""), names, source_of(peer) if peer else "")
+    return Presented(next(iter(tokens), ""), names, peer)
 
 
 def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import urllib.request
 from pathlib import Path
@@ -56,12 +58,23 @@ def test_everything_speaks_tls_and_whoever_has_no_certificate_gets_nothing(tmp_p
             with Client(up.address, tls=wrong) as library, pytest.raises(Unavailable):
                 library.models(timeout_s=5.0)
 
-        authority.issue("node")  # and what dies comes back with the new one
+        authority.issue("node")  # what runs takes it, and so does what dies and comes back
+        fresh = ssl.PEM_cert_to_DER_cert(Path(files.cert).read_text())
+        for address in (up.address, https.partition("https://")[2].partition("/")[0]):
+            up.wait_until(lambda address=address: shown(address, client) == fresh)  # type: ignore[misc]
         before = up.times_ready("decode-0")
         os.kill(up.pid("decode-0"), signal.SIGKILL)
         up.wait_until(lambda: up.times_ready("decode-0") > before)
         with Client(up.address, tls=client) as library:
             assert library.generate("x", max_tokens=4).result().finished.route.transport == "tcp/tls"
+
+
+def shown(address: str, client: TlsFiles) -> bytes | None:
+    """The certificate of what listens there."""
+    host, _, port = address.rpartition(":")
+    plain = socket.create_connection((host, int(port)), 20)
+    with Tls(client).client_context().wrap_socket(plain, server_hostname=host) as connection:
+        return connection.getpeercert(binary_form=True)
 
 
 def test_a_wrong_pair_does_not_start(tmp_path: Path) -> None:
