@@ -129,7 +129,11 @@ class Certificates:
             return None
         book = self._book()
         if book is not self._indexed:
-            self._tenant_of = {name: tenant.id for tenant in book.tenants.values() for name in tenant.certificates}
+            self._tenant_of = {
+                name if "://" in name else name.lower(): tenant.id
+                for tenant in book.tenants.values()
+                for name in tenant.certificates
+            }
             self._indexed = book
         named = {name: self._tenant_of[name] for name in presented.certificate_names if name in self._tenant_of}
         if len(set(named.values())) > 1:

@@ -30,7 +30,7 @@ from trust.tls import Tls, TlsFiles, TlsRefused
 ANSWER = (5, 6, 7)
 TENANTS = """
 [tenants.acme]
-certificates = ["spiffe://tests/acme", "acme.example"]
+certificates = ["spiffe://tests/acme", "Acme.example"]
 [tenants.other]
 certificates = ["spiffe://tests/other"]
 models = ["another"]
