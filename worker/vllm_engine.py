@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -37,15 +39,17 @@ from engine.base import (
 from prefill.service import PrefillOrder
 from trust.tls import Tls
 from worker import vllm_engine_wire as wire
-from worker.config import WorkerConfig
+from worker.config import Role, WorkerConfig
 from worker.health import Health
 from worker.service import WorkerService
+from worker.stops import StopFinder, Tokenizer, load_tokenizer
 
 SERVICE = wire.SERVICE
 
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
+Write = Callable[[bytes], Awaitable[None]]
 
 #: Of a caller that names no deadline.
 _TIMEOUT_S = 3600.0
@@ -116,6 +120,7 @@ class EnginePort:
         self._info = info
         self._worker = worker
         self._files = wire.ModelFiles(Path(config.engine_options.model))
+        self._text: Tokenizer | None = None
         self._began = asyncio.get_running_loop().time()
         #: Open calls, by the id that the caller gave; for Abort.
         self._open: dict[str, dict[_Leg, str]] = {}
@@ -178,20 +183,29 @@ class EnginePort:
             detail = "the engine failed; its log tells how" if error.kind is FailureKind.ENGINE else error.detail
             await context.abort(_CODES[error.kind], detail)
 
-    async def _serve(self, request: wire.Generate, timeout_s: float, write: Callable[[bytes], Awaitable[None]]) -> None:
+    async def _serve(self, request: wire.Generate, timeout_s: float, write: Write) -> None:
         request_id = request.request_id or uuid4().hex
         # Both legs of a request are named after it, by which the decode worker knows its bytes; a gateway may name its
         # two calls differently.
         named = request.handle.leg_id.rsplit("/", 2)[0] if request.handle else request_id
-        leg, leg_id = _Leg(), f"{named}/gateway/{'p' if request.hand_off else 'd'}"
+        if request.hand_off or self._is_prefill_alone(request):
+            await self._prefill(request, request_id, f"{named}/gateway/p", timeout_s, write)
+        elif request.answers == 1:
+            await self._decode(request, request_id, f"{named}/gateway/d", timeout_s, write)
+        else:
+            await self._decode_all(request, request_id, f"{named}/gateway/d", timeout_s, write)
+
+    def _is_prefill_alone(self, request: wire.Generate) -> bool:
+        """Gateways give a prompt to a prefill worker even where they do not hand it off, for one token."""
+        return self._worker.role is Role.PREFILL and request.sampling.max_tokens == 1 and request.answers == 1
+
+    @contextmanager
+    def _leg(self, request_id: str, leg_id: str) -> Iterator[_Leg]:
+        """Open for Abort, and cancelled unless all goes well."""
+        leg = _Leg()
         self._open.setdefault(request_id, {})[leg] = leg_id
         try:
-            if request.hand_off:
-                self._worker.order(leg, _prefill(request, leg_id, timeout_s))
-                await self._prefilled(request, leg, write)
-            else:
-                self._worker.order(leg, _decode(request, leg_id, timeout_s))
-                await _decoded(request, leg, write)
+            yield leg
         except BaseException:
             self._worker.cancel(leg, leg_id)
             raise
@@ -200,10 +214,16 @@ class EnginePort:
             if not self._open[request_id]:
                 del self._open[request_id]
 
-    async def _prefilled(self, request: wire.Generate, leg: _Leg, write: Callable[[bytes], Awaitable[None]]) -> None:
-        while leg.prefilled is None:
-            await leg.said()
-        done = leg.prefilled
+    async def _prefill(
+        self, request: wire.Generate, request_id: str, leg_id: str, timeout_s: float, write: Write
+    ) -> None:
+        with self._leg(request_id, leg_id) as leg:
+            self._worker.order(leg, _prefill_order(request, leg_id, timeout_s))
+            while leg.prefilled is None:
+                await leg.said()
+            await self._tell_prefilled(request, leg.prefilled, write)
+
+    async def _tell_prefilled(self, request: wire.Generate, done: PrefillResult, write: Write) -> None:
         logprobs = [done.logprobs] if done.logprobs else []
         if request.stream:
             await write(
@@ -227,6 +247,73 @@ class EnginePort:
                 kv_transfer_params_json=params or None,
             )
         )
+
+    async def _decode(
+        self, request: wire.Generate, request_id: str, leg_id: str, timeout_s: float, write: Write, index: int = 0
+    ) -> None:
+        stops = await self._stops(request)
+        with self._leg(request_id, leg_id) as leg:
+            self._worker.order(leg, _decode_order(request, leg_id, timeout_s, index))
+            token_ids: list[int] = []
+            logprobs: list[TokenLogprobs] = []
+            cached, finish, matched = 0, "", None
+            while not finish:
+                for output in await leg.said():
+                    new, cached = output.token_ids, max(cached, output.cached_tokens)
+                    finish = output.finish_reason.value if output.finish_reason else ""
+                    token_ids += new
+                    if stops is not None and (match := stops.match(token_ids, len(new))) is not None:
+                        matched, kept = match
+                        new, finish = new[: len(new) - (len(token_ids) - kept)], "stop"
+                        del token_ids[kept:]
+                    logprobs += output.logprobs[: len(new)]
+                    if request.stream and new:
+                        await write(
+                            wire.chunk(
+                                new,
+                                output.logprobs[: len(new)],
+                                prompt_tokens=len(request.prompt),
+                                cached_tokens=cached,
+                                index=index,
+                            )
+                        )
+            if matched is not None:
+                self._worker.cancel(leg, leg_id)
+        await write(
+            wire.complete(
+                token_ids,
+                logprobs,
+                finish,
+                prompt_tokens=len(request.prompt),
+                cached_tokens=cached,
+                index=index,
+                matched_stop=matched,
+            )
+        )
+
+    async def _decode_all(
+        self, request: wire.Generate, request_id: str, leg_id: str, timeout_s: float, write: Write
+    ) -> None:
+        turn = asyncio.Lock()  # gRPC takes one message after the other
+
+        async def in_turn(data: bytes) -> None:
+            async with turn:
+                await write(data)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for index in range(request.answers):
+                    name = f"{leg_id}{index}"
+                    tasks.create_task(self._decode(request, request_id, name, timeout_s, in_turn, index))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _stops(self, request: wire.Generate) -> StopFinder | None:
+        if not request.stops:
+            return None
+        if self._text is None:
+            self._text = await asyncio.to_thread(load_tokenizer, Path(self._config.engine_options.model))
+        return StopFinder(self._text, request.stops, request.sampling.min_tokens)
 
     async def _abort(self, data: bytes) -> bytes:
         for request_id in wire.aborted_ids(data):
@@ -265,31 +352,7 @@ class EnginePort:
             await context.write(message)
 
 
-async def _decoded(request: wire.Generate, leg: _Leg, write: Callable[[bytes], Awaitable[None]]) -> None:
-    token_ids: list[int] = []
-    logprobs: list[TokenLogprobs] = []
-    cached, finish = 0, None
-    while finish is None:
-        for output in await leg.said():
-            token_ids += output.token_ids
-            logprobs += output.logprobs
-            cached, finish = max(cached, output.cached_tokens), output.finish_reason
-            if request.stream and output.token_ids:
-                await write(
-                    wire.chunk(
-                        output.token_ids,
-                        output.logprobs,
-                        prompt_tokens=len(request.prompt),
-                        cached_tokens=cached,
-                        index=0,
-                    )
-                )
-    await write(
-        wire.complete(token_ids, logprobs, finish.value, prompt_tokens=len(request.prompt), cached_tokens=cached)
-    )
-
-
-def _prefill(request: wire.Generate, leg_id: str, timeout_s: float) -> PrefillOrder:
+def _prefill_order(request: wire.Generate, leg_id: str, timeout_s: float) -> PrefillOrder:
     return PrefillOrder(
         leg=PrefillLeg(
             leg_id=leg_id,
@@ -297,7 +360,7 @@ def _prefill(request: wire.Generate, leg_id: str, timeout_s: float) -> PrefillOr
             token_ids=request.prompt,
             sampling=request.sampling,
             cache_salt=wire.TENANT,
-            hand_off=True,
+            hand_off=request.hand_off,
             reader=request.reader,
             # The gateway gives the decode worker the prompt, not the token sampled here.
             resample=True,
@@ -306,14 +369,17 @@ def _prefill(request: wire.Generate, leg_id: str, timeout_s: float) -> PrefillOr
     )
 
 
-def _decode(request: wire.Generate, leg_id: str, timeout_s: float) -> DecodeOrder:
+def _decode_order(request: wire.Generate, leg_id: str, timeout_s: float, index: int) -> DecodeOrder:
+    sampling = request.sampling
+    if sampling.seed is not None and index:
+        sampling = replace(sampling, seed=sampling.seed + index)  # else all would say the same
     return DecodeOrder(
         leg=DecodeLeg(
             leg_id=leg_id,
             tenant=wire.TENANT,
             token_ids=request.prompt,
             prompt_tokens=len(request.prompt),
-            sampling=request.sampling,
+            sampling=sampling,
             cache_salt=wire.TENANT,
         ),
         timeout_s=timeout_s,

@@ -38,6 +38,9 @@ POOL: DescriptorPool = pool.Default()
 TENANT = "gateway"
 
 _LOGPROBS_MAX = 20
+_ANSWERS_MAX = 64
+_STOPS_MAX = 16
+_STOP_CHARS_MAX = 256
 _SEED_MAX = 2**63 - 1
 _HANDLE = "tandem_handle"
 
@@ -62,6 +65,8 @@ class Generate:
     request_id: str
     prompt: tuple[int, ...]
     sampling: Sampling
+    stops: tuple[str, ...]
+    answers: int
     stream: bool
     #: Compute the prompt, keep its KV for another worker, and answer with what that one needs.
     hand_off: bool
@@ -88,10 +93,15 @@ def generate(data: bytes, info: EngineInfo, secret: bytes) -> Generate:
     if not 0 < len(prompt) < info.model.max_model_len:
         raise Refused("tokenized.input_ids", f"must be 1 to {info.model.max_model_len - 1} tokens, are {len(prompt)}")
     wants = _transfer(request.kv_transfer_params_json)
+    said = vllm_engine.sampling(request.sampling_params)
+    if said.n > 1 and (wants.get("do_remote_decode") is True or wants.get("do_remote_prefill") is True):
+        raise Refused("sampling_params.n", "a prompt is handed off for one answer")
     return Generate(
         request_id=request.request_id,
         prompt=prompt,
-        sampling=_sampling(vllm_engine.sampling(request.sampling_params), len(prompt), info),
+        sampling=_sampling(said, len(prompt), info),
+        stops=said.stop,
+        answers=said.n,
         stream=request.stream,
         hand_off=wants.get("do_remote_decode") is True,
         reader=_reader(wants),
@@ -102,8 +112,13 @@ def generate(data: bytes, info: EngineInfo, secret: bytes) -> Generate:
 def _beyond_a_worker(request: vllm_engine_pb2.GenerateRequest) -> vllm_engine.Problem | None:
     if request.WhichOneof("input") != "tokenized":
         return vllm_engine.Problem("text", "a worker takes token ids; the router's port takes texts")
-    if request.sampling_params.n > 1:
-        return vllm_engine.Problem("sampling_params.n", "a worker gives one answer; the router's port gives several")
+    if not 0 <= request.sampling_params.n <= _ANSWERS_MAX:
+        return vllm_engine.Problem("sampling_params.n", f"must be from 1 to {_ANSWERS_MAX}")
+    stops = request.sampling_params.stop
+    if len(stops) > _STOPS_MAX or not all(0 < len(stop) <= _STOP_CHARS_MAX for stop in stops):
+        return vllm_engine.Problem(
+            "sampling_params.stop", f"must be at most {_STOPS_MAX} texts of 1 to {_STOP_CHARS_MAX} characters"
+        )
     if request.HasField("kv_transfer_params"):
         return vllm_engine.Problem("kv_transfer_params", "is not supported; kv_transfer_params_json is")
     return None

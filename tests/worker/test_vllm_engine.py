@@ -24,10 +24,12 @@ from protos.compat import vllm_engine_pb2 as pb
 from protos.compat import vllm_engine_pb2_grpc as pb_grpc
 from tests.worker.running import RunningWorker, running_worker
 from tests.worker.scripted_router import scripted_router
-from tests.worker.test_sim import sim_config
+from tests.worker.test_sim import MODEL, sim_config
 from worker.config import Role, WorkerConfig
+from worker.stops import load_tokenizer
 
 WAIT_S = 20.0
+TEXT = load_tokenizer(MODEL)
 PROMPT = tuple(range(5, 105))
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -204,6 +206,30 @@ class TestHandOff:
         await pair.d.at_rest()
 
 
+class TestBesideTheHandOff:
+    async def test_a_stop_string_ends_the_answer_with_the_token_that_completes_it(self, pair: Pair) -> None:
+        whole = list((await pair.d.complete(request())).output_ids)
+        stop = TEXT.decode(whole[4:7])
+        assert stop not in TEXT.decode(whole[:6])
+        *chunks, last = await pair.d.generate(request(stop=["no such text", stop], max_tokens=3000, stream=True))
+        complete = last.complete
+        assert (complete.finish_reason, complete.matched_stop_str) == ("stop", stop)
+        assert list(complete.output_ids) == whole[:7]
+        assert [token for one in chunks for token in one.chunk.token_ids] == whole[:7]
+        later = await pair.d.complete(request(stop=[stop], min_tokens=7))
+        assert list(later.output_ids) == whole, "looked at before min_tokens"
+
+    async def test_several_answers(self, pair: Pair) -> None:
+        responses = await pair.d.generate(request(n=3, seed=7, temperature=1.0))
+        assert sorted(one.complete.index for one in responses) == [0, 1, 2]
+        assert {len(one.complete.output_ids) for one in responses} == {12}
+
+    async def test_a_prefill_worker_computes_a_prompt_that_is_not_handed_off(self, pair: Pair) -> None:
+        complete = await pair.p.complete(request(max_tokens=1))
+        assert len(complete.output_ids) == 1
+        assert not complete.HasField("kv_transfer_params_json")
+
+
 #: (what is wrong, what the refusal names)
 BAD: list[tuple[Callable[[pb.GenerateRequest], object], str]] = [
     (lambda message: message.ClearField("tokenized"), "text"),
@@ -215,7 +241,9 @@ BAD: list[tuple[Callable[[pb.GenerateRequest], object], str]] = [
     (lambda message: setattr(message.sampling_params, "temperature", -1), "sampling_params.temperature"),
     (lambda message: setattr(message.sampling_params, "temperature", float("nan")), "sampling_params.temperature"),
     (lambda message: setattr(message.sampling_params, "logprobs", 21), "sampling_params.logprobs"),
-    (lambda message: setattr(message.sampling_params, "n", 2), "sampling_params.n"),
+    (lambda message: setattr(message.sampling_params, "n", 65), "sampling_params.n"),
+    (lambda message: message.sampling_params.stop.append(""), "sampling_params.stop"),
+    (lambda message: message.MergeFrom(request({"do_remote_prefill": True}, n=2)), "sampling_params.n"),
     (lambda message: setattr(message.sampling_params, "regex", "a+"), "sampling_params.structure"),
     (lambda message: message.sampling_params.stop_token_ids.append(4096), "sampling_params.stop_token_ids[0]"),
     (lambda message: message.kv_transfer_params.SetInParent(), "kv_transfer_params"),
