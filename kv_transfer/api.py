@@ -83,6 +83,8 @@ class NodeLimits:
     #: Bytes of the self-test read when two nodes meet.
     self_test_bytes: int = MiB
     meet_timeout_s: float = 5.0
+    #: A fetch that takes longer asks the owner, again and again, to keep the lease until its own deadline.
+    extend_after_s: float = 2.0
     #: Calls that end a lease at its owner; those that fail are not repeated, the lease expires instead.
     release_timeout_s: float = 2.0
     releases_in_flight: int = 256

@@ -76,7 +76,7 @@ class UnknownStaged(KeyError):
     """Nothing is staged under this id: never was, or it was discarded."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     """One fetch under way."""
 
@@ -85,6 +85,8 @@ class _Job:
     #: Where the owner's row is read into.
     scratch_slot: int
     deadline: float
+    #: When the owner is asked for more time.
+    extend_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -552,7 +554,8 @@ class KvNode:
                 if not self._wait_for_pages(deadline):
                     staging = self._transfers.staging
                     raise FetchError(Outcome.FULL, f"{blocks} pages; {staging.free} of {staging.pages} are free")
-            job = _Job(transfer, cancel, self._scratch_slots.pop(), deadline)
+            extend_at = time.monotonic() + self.limits.extend_after_s
+            job = _Job(transfer, cancel, self._scratch_slots.pop(), deadline, extend_at)
             self._jobs[transfer.staged_id] = job
             return job
 
@@ -570,7 +573,7 @@ class KvNode:
             peer = self._roster.meet(
                 handle.owner, handle.owner_address, handle.owner_incarnation, job.deadline, job.cancel
             )
-            self._reading(peer, handle, job).run(lambda: self._bytes_in(job))
+            self._reading(peer, handle, raw, job).run(lambda: self._bytes_in(job))
             self._settle(job, TransferEvent.WORD_HELD)
             staged = True
         except FetchError as error:
@@ -599,7 +602,7 @@ class KvNode:
                 self._roster.forget(peer)
         return peer
 
-    def _reading(self, peer: Peer, handle: Handle, job: _Job) -> Reading:
+    def _reading(self, peer: Peer, handle: Handle, raw: bytes, job: _Job) -> Reading:
         return Reading(
             peer=peer,
             handle=handle,
@@ -610,8 +613,17 @@ class KvNode:
             piece_bytes=self.limits.piece_bytes,
             deadline=job.deadline,
             cancel=job.cancel,
+            look_up=lambda: self._look_up(peer, raw, job),
             digests=self._page_digests,
         )
+
+    def _look_up(self, peer: Peer, raw: bytes, job: _Job) -> None:
+        """Between two pieces. A fetch that takes long, as in a queue of others, asks for all the time it may take."""
+        job.cancel.check()
+        now = time.monotonic()
+        if now >= job.extend_at:
+            job.extend_at = now + self.limits.extend_after_s
+            self._courier.submit(peer.client.extend, raw, job.deadline - now, self.limits.release_timeout_s)
 
     def _bytes_in(self, job: _Job) -> None:
         with self._lock:

@@ -144,19 +144,23 @@ class PeerClient:
     def release(self, handle: bytes, timeout_s: float, done: Callable[[bool], None]) -> None:
         """Sends and returns; `done` is told, from another thread, whether the owner got it."""
         request = kv_pb2.ReleaseRequest(handle=kv_pb2.KvHandle.FromString(handle))
+        self._send(lambda: self._stub.Release.future(request, timeout=timeout_s), done)
+
+    def extend(self, handle: bytes, ttl_s: float, timeout_s: float) -> None:
+        """Sends and returns. If it gets lost, the lease ends when it would have."""
+        request = kv_pb2.ExtendRequest(handle=kv_pb2.KvHandle.FromString(handle), ttl_s=ttl_s)
+        self._send(lambda: self._stub.Extend.future(request, timeout=timeout_s), lambda arrived: None)
+
+    def _send(self, call: Callable[[], grpc.Future], done: Callable[[bool], None]) -> None:
         with self._lock:
-            if self._closing:
-                closed = True
-            else:
-                closed = False
-                self._outstanding += 1
+            closed = self._closing
+            self._outstanding += not closed
         if closed:
             done(False)
-            return
-        future = self._stub.Release.future(request, timeout=timeout_s)
-        future.add_done_callback(lambda call: self._released(call, done))
+        else:
+            call().add_done_callback(lambda future: self._sent(future, done))
 
-    def _released(self, call: grpc.Future, done: Callable[[bool], None]) -> None:
+    def _sent(self, call: grpc.Future, done: Callable[[bool], None]) -> None:
         with self._lock:
             self._outstanding -= 1
             close = self._closing and not self._outstanding

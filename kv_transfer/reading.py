@@ -77,6 +77,8 @@ class Reading:
     piece_bytes: int
     deadline: float
     cancel: Cancel
+    #: Called before each piece; it may end the read by raising, and ask the owner for more time.
+    look_up: Callable[[], None]
     #: Of the staging pages; None compares nothing.
     digests: BlockDigests | None = None
 
@@ -148,7 +150,7 @@ class Reading:
 
     def _read(self, ids: Sequence[int], pages: Sequence[int]) -> None:
         for piece in pieces(block_segments(self.layout, self.peer.facts.arena, ids, pages), self.piece_bytes):
-            self.cancel.check()
+            self.look_up()
             self.peer.wire.read(self.peer.facts.name, piece, self.deadline)
 
     def _read_digests(self) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 
 from kv_transfer import wire
 from kv_transfer.api import FetchError, NodeLimits, Outcome
-from kv_transfer.inproc import InprocHub, InprocTransport
+from kv_transfer.inproc import InprocHub, InprocTransport, ReadEvent
 from kv_transfer.node import UnknownStaged
 from kv_transfer.transport import ARENA, BOARD, PeerGone, ReadTimedOut, TransportError, Unquiesced
 from kv_transfer.turn import Cancel
@@ -164,6 +164,29 @@ def test_a_meeting_leaves_most_pages_to_fetches(world, owner):
     assert lent == [4], "of 16, where a self-test could use more"
 
 
+def test_a_fetch_that_takes_long_keeps_the_lease(world, owner):
+    limits = NodeLimits(piece_bytes=4096, self_test_bytes=1, extend_after_s=0.01)
+    reader = world.open("d", limits=limits)
+    reader.node.connect(peer="p", address=owner.node.address)
+    reads = 0
+
+    def slow(event: ReadEvent) -> None:
+        nonlocal reads
+        if not event.done or event.segments.remote_region != ARENA:
+            return
+        reads += 1
+        if reads == 1:
+            time.sleep(0.02)  # longer than it keeps quiet
+        elif reads == 2:  # it has asked for more time
+            eventually(lambda: owner.node._leases.next_deadline() > time.monotonic() + 2)
+            time.sleep(1.0)
+
+    reader.inproc.hook = slow
+    fetched = reader.node.fetch(owner.offer(ttl_s=1.0), 5.0)
+    reader.node.discard(fetched.staged_id)
+    assert owner.node.stats().leases_expired_total == 0
+
+
 def test_an_expired_handle_is_stale(owner, reader):
     handle = owner.offer(ttl_s=0.01)
     ended(owner)
@@ -207,6 +230,29 @@ def test_a_handle_is_good_for_one_fetch(owner, reader):
     assert reader.staged(fetched.staged_id) == [owner.block(block) for block in (3, 4, 9)]
     reader.node.discard(fetched.staged_id)
     assert "used before" in fetch_fails(reader, handle, Outcome.REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("field", "theirs"),
+    [
+        ("block_tokens", 32),
+        ("dtype", "bfloat16"),
+        ("revision", "r2"),
+        ("isa", "amx"),
+        ("tensor_parallel", 2),
+        ("engine", "vllm 0.32.0"),
+        ("layers", 6),
+        ("kv_heads", 8),
+        ("head_dim", 128),
+        ("order", "BLHNC"),
+        ("segment_bytes", 4096),
+    ],
+)
+def test_nodes_that_cannot_exchange_blocks_are_told_why_when_they_meet(world, owner, field, theirs):
+    other = world.open("d", lay=layout(**{field: theirs}))
+    lane = other.node.connect(peer="p", address=owner.node.address)
+    assert lane.refusal == f"the layout of p differs: {field}: {theirs} here, {getattr(owner.layout, field)} there"
+    assert not lane.transport
 
 
 def test_another_layout_is_refused_by_its_digest_and_named_when_they_meet(world, owner):
