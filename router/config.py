@@ -40,7 +40,7 @@ class RequestLimits:
     #: Answers that one call may ask for: its prompts, times `n`.
     answers_max: int = 64
     #: Tokens that may wait for a client that reads slowly; one more ends its request.
-    stream_tokens_max: int = 16_384
+    stream_tokens_max: int = 4_096
 
     def problems(self) -> list[str]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 #: Shorter prompts are tokenized in less time than a thread takes to answer.
 _INLINE_CHARS_MAX = 2_000
+#: Of an answer, that are said at once.
+_PART_TOKENS_MAX = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +91,16 @@ class Answer:
         completion_tokens, stop_match = 0, ""
         async for event in self._stream:
             if isinstance(event, Tokens):
-                if stop_match:
-                    continue  # on their way when the stop string was found
-                piece = self._text.feed(event.token_ids)
-                count = piece.tokens if piece.stop else len(event.token_ids)
-                completion_tokens += count
-                yield Part(piece.text, event.token_ids[:count], event.logprobs[:count], completion_tokens)
-                if piece.stop:
-                    stop_match = piece.stop
-                    self._stream.stop_matched(completion_tokens)
+                for token_ids, logprobs in _in_parts(event):
+                    if stop_match:
+                        break  # on their way when the stop string was found
+                    piece = self._text.feed(token_ids)
+                    count = piece.tokens if piece.stop else len(token_ids)
+                    completion_tokens += count
+                    yield Part(piece.text, token_ids[:count], logprobs[:count], completion_tokens)
+                    if piece.stop:
+                        stop_match = piece.stop
+                        self._stream.stop_matched(completion_tokens)
             elif isinstance(event, Finished):
                 if not stop_match:
                     rest = self._text.finish()
@@ -111,6 +114,17 @@ class Answer:
     def close(self) -> None:
         """The client leaves. Idempotent; cancels what has not ended."""
         self._stream.close()
+
+
+def _in_parts(event: Tokens) -> Iterator[tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]]:
+    """What piled up while the reader lagged leaves in pieces, so that little of it waits to be written at a time."""
+    token_ids, logprobs = event
+    size = _PART_TOKENS_MAX // (1 + len(logprobs[0].top)) or 1 if logprobs else _PART_TOKENS_MAX
+    if len(token_ids) <= size:
+        yield token_ids, logprobs
+        return
+    for at in range(0, len(token_ids), size):
+        yield token_ids[at : at + size], logprobs[at : at + size]
 
 
 class Generator:

@@ -32,6 +32,8 @@ _DISCARD_TIMES = 4
 _DISCARD_BYTES_MAX = 1 << 20
 _DISCARD_S_MAX = 1.0
 _REQUEST_ID_CHARS_MAX = 128
+#: What may wait for a client that does not read, beside its tokens; answers that lag are held as those.
+_WRITE_BUFFER_BYTES = 16_384
 
 _EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -276,6 +278,7 @@ class _Connection(HttpToolsProtocol):
             transport.abort()
             return
         super().connection_made(transport)
+        transport.set_write_buffer_limits(_WRITE_BUFFER_BYTES)
         if (tls := transport.get_extra_info("ssl_object")) is not None:
             self._names = tuple(_certificate_names(tls.getpeercert() or {}))
         self._await_head()
