@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
+from decode.admission import DecodeLimits
 from engine.base import EngineOptions
 from prefill.admission import PrefillLimits
 from router import config as router_config
@@ -20,7 +21,7 @@ from router.config import RouterConfig
 from tandem import Client, TandemError
 from trust.join import join_key
 from worker import config as worker_config
-from worker.config import LogSettings, Role, WorkerConfig
+from worker.config import LinkSettings, LogSettings, Role, WorkerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "tandem-nano"
@@ -36,6 +37,8 @@ class Cluster:
     address: str
     #: By name, "router" among them.
     pids: Mapping[str, int]
+    #: OpenAI's protocol, if the router's configuration asks for it.
+    http_port: int | None = None
 
 
 @contextmanager
@@ -48,8 +51,10 @@ def cluster(
     logs: Path,
     router: RouterConfig | None = None,
     prefill: PrefillLimits | None = None,
+    legs: int = 64,
 ) -> Iterator[Cluster]:
-    """Worker i has role i. Returns at once; `wait_ready` waits, so that several clusters can load side by side."""
+    """Worker i has role i, and takes so many decode legs. Returns at once; `wait_ready` waits, so that several
+    clusters can load side by side."""
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
     config = router or RouterConfig(
@@ -58,7 +63,8 @@ def cluster(
     try:
         config = replace(config, join_key=join_key(options.cluster_secret))
         running["router"] = _start("router", router_config.to_json(config), logs / f"{name}-router.log")
-        address = f"127.0.0.1:{_port(running['router'])}"
+        ports = _ports(running["router"])
+        address = f"127.0.0.1:{ports['port']}"
         for number, role in enumerate(roles):
             worker_id = f"{name}-{role.value}-{number}"
             told = WorkerConfig(
@@ -67,10 +73,12 @@ def cluster(
                 engine=engine,
                 engine_options=replace(options, name=worker_id),
                 prefill=prefill or PrefillLimits(),
+                decode=DecodeLimits(legs=legs),
+                link=LinkSettings(outbox_max=max(4096, 4 * legs)),
                 log=LogSettings(level="WARNING"),
             )
             running[worker_id] = _start("worker", worker_config.to_json(told), logs / f"{worker_id}.log")
-        yield Cluster(address, {name: process.pid for name, process in running.items()})
+        yield Cluster(address, {name: process.pid for name, process in running.items()}, ports["http_port"])
     finally:
         for process in running.values():
             process.terminate()
@@ -80,9 +88,7 @@ def cluster(
             process.kill()
 
 
-def wait_ready(
-    found: Cluster, workers: int, timeout_s: float = START_TIMEOUT_S, *, api_key: str | None = None
-) -> None:
+def wait_ready(found: Cluster, workers: int, timeout_s: float = START_TIMEOUT_S, *, api_key: str | None = None) -> None:
     """Until so many workers are linked. The key is an operator's."""
     give_up = time.monotonic() + timeout_s
     with Client(found.address, api_key=api_key) as client:
@@ -105,9 +111,9 @@ def _start(module: str, config: bytes, log: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def _port(router: subprocess.Popen[bytes]) -> int:
+def _ports(router: subprocess.Popen[bytes]) -> dict[str, Any]:
     stdout: IO[bytes] | None = router.stdout
     line = stdout.readline() if stdout is not None else b""
     if not line:
         raise DidNotStart("the router did not start; see its log")
-    return int(msgspec.json.decode(line)["port"])
+    return dict(msgspec.json.decode(line))

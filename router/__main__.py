@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -31,6 +33,7 @@ def main(argv: list[str]) -> int:
         print(f"configuration: {error}", file=sys.stderr)
         return BAD_CONFIG
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _allow_connections()
     try:
         uvloop.run(serve(config, _say_where))
     except (AccessRefused, JournalError) as error:
@@ -40,6 +43,14 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return PORT_TAKEN
     return 0
+
+
+def _allow_connections() -> None:
+    """As many open files as the system lets this process have: each connection is one, and the default is few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with suppress(ValueError, OSError):  # some systems name a limit that they don't grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _say_where(bound: Bound) -> None:

@@ -92,7 +92,7 @@ def event(worker_id: str, message: WorkerMessage) -> ev.Event | None:
     """None for what a newer worker says, and for a second hello."""
     match message.WhichOneof("message"):
         case "step":
-            return ev.StepOutputs(worker_id, tuple(_step_output(output) for output in message.step.outputs))
+            return ev.StepOutputs(worker_id, tuple(map(_step_output, message.step.outputs)))
         case "prefill_done":
             return _prefill_done(worker_id, message.prefill_done)
         case "fetched":
@@ -140,7 +140,7 @@ def _step_output(output: worker_link_pb2.StepOutput) -> ev.StepOutput:
         output.leg_id,
         tuple(output.token_ids),
         _FINISH_REASONS.get(output.finish_reason),
-        tuple(_logprobs(entry) for entry in output.logprobs),
+        tuple(map(_logprobs, output.logprobs)),
         output.cached_tokens,
     )
 

@@ -55,6 +55,7 @@ class NativeEdge:
             accepted = await self._generator.accept(wanted, arrival)
             request_id = accepted.request.request_id
             stream = self._generator.submit(accepted)
+            deltas = wire.Deltas(request_id)
             try:
                 async for part in stream.parts():
                     if not isinstance(part, Part):
@@ -63,8 +64,7 @@ class NativeEdge:
                         continue
                     token_ids = part.token_ids if message.return_token_ids else ()
                     if part.text or token_ids or part.logprobs:
-                        delta = wire.delta(request_id, part.text, token_ids, part.logprobs)
-                        await context.write(delta.SerializeToString())
+                        await context.write(deltas.write(part.text, token_ids, part.logprobs))
             finally:
                 stream.close()
             context.set_trailing_metadata(self._loads.trailer())

@@ -37,6 +37,9 @@ _ROLE_BY_NUMBER: dict[int, Role] = {number: role for role, number in _ROLES.item
 
 M = TypeVar("M", bound=Message)
 
+#: Of a text whose length in UTF-8, four bytes each at most, is one byte on the wire.
+_SHORT_CHARS = 31
+
 _OPTIONAL = tuple(
     field.name for field in inference_pb2.Sampling.DESCRIPTOR.fields if field.has_presence and not field.message_type
 )
@@ -172,13 +175,23 @@ def _structure(message: inference_pb2.Structure) -> Structure | None:
 # To clients.
 
 
-def delta(
-    request_id: str, text: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]
-) -> inference_pb2.GenerateResponse:
-    return inference_pb2.GenerateResponse(
-        request_id=request_id,
-        delta=inference_pb2.Delta(text=text, token_ids=token_ids, logprobs=[_logprobs(entry) for entry in logprobs]),
-    )
+class Deltas:
+    """Writes one answer's deltas. Most are a piece of text, in an envelope that is the same every time."""
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._head = inference_pb2.GenerateResponse(request_id=request_id).SerializeToString()
+
+    def write(self, text: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> bytes:
+        if token_ids or logprobs or len(text) > _SHORT_CHARS:
+            return self._whole(text, token_ids, logprobs)
+        data = text.encode()
+        # Field 2, the delta, with its field 1, the text. Lengths this small are one byte.
+        return b"%s\x12%c\x0a%c%s" % (self._head, len(data) + 2, len(data), data)
+
+    def _whole(self, text: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> bytes:
+        delta = inference_pb2.Delta(text=text, token_ids=token_ids, logprobs=map(_logprobs, logprobs))
+        return inference_pb2.GenerateResponse(request_id=self._request_id, delta=delta).SerializeToString()
 
 
 def _logprobs(entry: TokenLogprobs) -> inference_pb2.TokenLogprobs:

@@ -117,7 +117,7 @@ class Call:
         if end or self._broken is not None:
             self._whole(self)
         elif not self._messages:
-            self._grant()
+            self._grant(self._connection.grant_bytes)
         if self._came is not None and not self._came.done():
             self._came.set_result(None)
 
@@ -137,12 +137,14 @@ class Call:
 
     def _decompressed(self, message: bytes) -> bytes:
         if self._encoding not in _WINDOW_BITS:
-            raise Malformed(grpc.StatusCode.INTERNAL, f"a compressed message, and grpc-encoding is {self._encoding!r}")
+            raise Malformed(
+                grpc.StatusCode.INVALID_ARGUMENT, f"a compressed message, and grpc-encoding is {self._encoding!r}"
+            )
         inflate = zlib.decompressobj(_WINDOW_BITS[self._encoding])
         try:
             plain = inflate.decompress(message, self._message_bytes_max)
         except zlib.error as error:
-            raise Malformed(grpc.StatusCode.INTERNAL, f"a message can't be decompressed: {error}") from None
+            raise Malformed(grpc.StatusCode.INVALID_ARGUMENT, f"a message can't be decompressed: {error}") from None
         if not inflate.eof:
             raise Malformed(grpc.StatusCode.RESOURCE_EXHAUSTED, "a message is too large when decompressed, or cut off")
         return plain
@@ -160,9 +162,10 @@ class Call:
             self.say_status(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed", ())
             self.cancel()
 
-    def _grant(self) -> None:
-        granted, self._ungranted = self._ungranted, 0
-        self._connection.grant(self._stream_id, granted, more=not self.half_closed)
+    def _grant(self, least: int = 0) -> None:
+        if self._ungranted > least:
+            granted, self._ungranted = self._ungranted, 0
+            self._connection.grant(self._stream_id, granted, more=not self.half_closed)
 
     # The server's side.
 
@@ -189,7 +192,7 @@ class Call:
         if not self._messages:
             self._connection.unread -= self._unread - len(self._part)
             self._unread = len(self._part)
-            self._grant()
+            self._grant(self._connection.grant_bytes)
         try:
             return self._deserialize(message)
         except Exception:
@@ -336,7 +339,7 @@ def metadata(fields: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str | byt
             try:
                 found.append((text, b64decode(value + b"=" * (-len(value) % 4), validate=True)))
             except ValueError:
-                raise Malformed(grpc.StatusCode.INTERNAL, f"metadata {text} is not base64") from None
+                raise Malformed(grpc.StatusCode.INVALID_ARGUMENT, f"metadata {text} is not base64") from None
         else:
             found.append((text, value.decode("latin-1")))
     return found
@@ -349,7 +352,7 @@ def timeout_s(text: str) -> float:
     """Of `grpc-timeout`. Raises Malformed."""
     digits, unit = text[:-1], text[-1:]
     if not (digits.isascii() and digits.isdecimal() and len(digits) <= 8 and unit in _UNITS_S):
-        raise Malformed(grpc.StatusCode.INTERNAL, f"grpc-timeout is not a timeout: {text[:20]!r}")
+        raise Malformed(grpc.StatusCode.INVALID_ARGUMENT, f"grpc-timeout is not a timeout: {text[:20]!r}")
     return int(digits) * _UNITS_S[unit]
 
 

@@ -70,6 +70,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, opener: Opener, limits: ConnectionLimits, everyone: set[Connection]) -> None:
         self._opener = opener
         self._limits = limits
+        #: Less leave than this on one stream is not worth a frame yet.
+        self.grant_bytes = limits.stream_window // 2
         self._everyone = everyone
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(max_header_list_size=limits.header_bytes_max)

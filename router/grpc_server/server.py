@@ -86,7 +86,7 @@ class GrpcServer:
         if encoding not in _ENCODINGS:
             refusal = Malformed(grpc.StatusCode.UNIMPLEMENTED, f"grpc-encoding {encoding[:40]!r} is not supported")
         if not fields.get(b"content-type", b"").startswith(b"application/grpc") or fields.get(b":method") != b"POST":
-            refusal = Malformed(grpc.StatusCode.INTERNAL, "this is not a call of gRPC")
+            refusal = Malformed(grpc.StatusCode.INVALID_ARGUMENT, "this is not a call of gRPC")
         path = fields.get(b":path", b"").decode("latin-1")
         handler = None
         if refusal is None and (handler := self._handler(path, said)) is None:
