@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from router.core.tenant import BookRefused, PoolCapacity, PricePlan, Problem, Tenant, TenantBook
+from trust.files import signature
 
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -156,11 +157,11 @@ class FileWatch(typing.Generic[Content]):
         self._poll_s = poll_s
         #: Two looks at once could put the older content in force.
         self._one = asyncio.Lock()
-        self._seen = _signature(path)
+        self._seen = signature(path)
 
     def load(self) -> Content:
         """The first time, when there is nothing to stay in force: raises what `read` raises."""
-        self._seen = _signature(self.path)
+        self._seen = signature(self.path)
         return self._read(self.path)
 
     async def run(self) -> None:
@@ -172,10 +173,10 @@ class FileWatch(typing.Generic[Content]):
     async def look(self) -> None:
         """Once, now. When it returns, what the file held when it was called is in force, or was refused."""
         async with self._one:
-            signature = await asyncio.to_thread(_signature, self.path)
-            if signature == self._seen:
+            found = await asyncio.to_thread(signature, self.path)
+            if found == self._seen:
                 return
-            self._seen = signature
+            self._seen = found
             try:
                 content = await asyncio.to_thread(self._read, self.path)
             except (OSError, ValueError) as error:
@@ -183,12 +184,3 @@ class FileWatch(typing.Generic[Content]):
                 return
             _log.info("%s: read again", self.path)
             self._on_change(content)
-
-
-def _signature(path: Path) -> tuple[int, int, int] | None:
-    """Differs when the file was written or replaced; the link that Kubernetes swaps for a new version included."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -18,12 +18,13 @@ import os
 import ssl
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
+
+from trust.files import Signature, signature
 
 _FILE_BYTES_MAX = 1 << 20
 #: Files are looked at no more often.
@@ -201,10 +202,10 @@ class Tls:
             return self._material
 
     def _look(self) -> None:
-        signature = _signature(self.files)
-        if signature == self._seen:
+        found = _signature(self.files)
+        if found == self._seen:
             return
-        self._seen = signature
+        self._seen = found
         try:
             material = load(self.files)
         except TlsRefused as refused:
@@ -310,21 +311,8 @@ def _configuration(material: Material) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(material.key, material.cert)], material.ca)
 
 
-def _signature(files: TlsFiles) -> tuple[tuple[int, int, int] | None, ...]:
-    """Differs when a file was written or replaced; the link that Kubernetes swaps for a new version included."""
-    return tuple(_stat(path) for path in _paths(files))
-
-
-def _paths(files: TlsFiles) -> Iterator[str]:
-    yield from filter(None, (files.cert, files.key, files.ca))
-
-
-def _stat(path: str) -> tuple[int, int, int] | None:
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+def _signature(files: TlsFiles) -> tuple[Signature, ...]:
+    return tuple(signature(Path(path)) for path in (files.cert, files.key, files.ca) if path)
 
 
 def is_loopback(host: str) -> bool:
