@@ -6,6 +6,7 @@ Nothing here needs the two to share a process. An edge in another process gets i
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -46,8 +47,10 @@ class RequestStream:
         self._stop_matched = stop_matched
         self._overrun = overrun
         #: Tokens that the reader has not taken yet, and the last word once the core has said it.
-        self._token_ids: list[int] = []
+        self._token_ids = array("Q")
         self._logprobs: list[TokenLogprobs] = []
+        #: Log probabilities among them, which count as tokens do.
+        self._alternatives = 0
         self._end: Finished | Failed | None = None
         #: The reader waits for it.
         self._arrived: asyncio.Future[None] | None = None
@@ -58,9 +61,11 @@ class RequestStream:
     def put(self, event: ClientEvent) -> None:
         assert self._end is None
         if isinstance(event, Tokens):
-            self._token_ids += event.token_ids
-            self._logprobs += event.logprobs
-            if len(self._token_ids) > self._tokens_max:
+            self._token_ids.extend(event.token_ids)
+            if event.logprobs:
+                self._logprobs += event.logprobs
+                self._alternatives += sum(1 + len(entry.top) for entry in event.logprobs)
+            if len(self._token_ids) + self._alternatives > self._tokens_max:
                 self._overrun(self.request_id)
         else:
             self._end = event
@@ -80,7 +85,7 @@ class RequestStream:
             await self._arrived
         if self._token_ids:
             tokens = Tokens(tuple(self._token_ids), tuple(self._logprobs))
-            self._token_ids, self._logprobs = [], []
+            self._token_ids, self._logprobs, self._alternatives = array("Q"), [], 0
             return tokens
         assert self._end is not None
         self._read_to_end = True
