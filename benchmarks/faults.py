@@ -33,6 +33,7 @@ def as_row(engine: str, case: str, tally: Tally) -> Row:
         "runs": tally.runs,
         "in_mid_read": tally.in_mid_read,
         "requests": tally.requests,
+        "aborted": tally.aborted,
         "wrong_tokens": tally.wrong,
         "hangs": tally.hangs,
         "deaths": tally.deaths,
@@ -70,7 +71,7 @@ def checks(rows: list[Row], runs: int) -> list[Check]:
         if cases:
             found.append(at_least(f"runs of each case on {engine}", min(int(row["runs"] or 0) for row in cases), runs))
         found += [
-            at_least(f"aborts on {engine}", float(row["requests"] or 0), ABORTS[str(engine)])
+            at_least(f"aborts on {engine}", float(row["aborted"] or 0), ABORTS[str(engine)])
             for row in mine
             if row["what"] not in CASES
         ]

@@ -77,6 +77,8 @@ class Tally:
     #: Reads that stood in their middle when the fault was done.
     in_mid_read: int = 0
     requests: int = 0
+    #: Of those, given up by the client before their end.
+    aborted: int = 0
     wrong: int = 0
     hangs: int = 0
     #: Of processes that were not killed by the case.
@@ -203,6 +205,7 @@ class Faults:
         if reading.done():
             await reading
             return
+        tally.aborted += 1
         stream.close()
         with suppress(Cancelled, asyncio.CancelledError):
             await reading
@@ -497,22 +500,26 @@ async def run_case(faults: Faults, name: str, runs: int) -> Tally:
 
 
 async def run_aborts(faults: Faults, aborts: int, at_once: int = 16) -> Tally:
-    """So many requests, each aborted at a moment of its own anywhere between its start and its end."""
+    """So many requests, each given up at a moment of its own anywhere between its start and its end."""
     tally = Tally(runs=1)
     began = time.monotonic()
-    whole_s = {"sim": 0.5, "vllm": 3.0}[faults.engine]
-    left = aborts
+    whole_s = 1.0
 
     async def client() -> None:
-        nonlocal left
-        while left > 0:
-            left -= 1
+        nonlocal whole_s
+        while tally.aborted < aborts:
             seconds = faults.random.uniform(0, whole_s)
 
             async def abort(tokens: int, seconds: float = seconds) -> None:
                 await asyncio.sleep(seconds)
 
+            asked = time.monotonic()
             await faults.ask(tally, abort)
+            took_s = time.monotonic() - asked
+            if took_s < seconds:  # it ended by itself
+                whole_s += (took_s - whole_s) / 8
+            else:
+                whole_s *= 1.01
 
     async with asyncio.TaskGroup() as clients:
         for _ in range(at_once):
