@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV = .venv/bin/python
 
-.PHONY: setup up test test-fast check format protos conformance fuzz-grpc fuzz-http lock clean
+.PHONY: setup up test test-fast test-clients check format protos conformance fuzz-grpc fuzz-http lock clean
 
 setup:  ## everything needed to develop, vLLM included
 	$(PYTHON) bootstrap.py setup
@@ -15,6 +15,9 @@ test:  ## the whole suite
 
 test-fast:  ## without real vLLM
 	$(PYTHON) bootstrap.py test-fast $(ARGS)
+
+test-clients:  ## programs of others against a live cluster, each in an environment of its own
+	$(VENV) -m pytest -m clients tests/clients $(ARGS)
 
 check:  ## formatting, lint, types, import rules, generated code
 	$(PYTHON) bootstrap.py check
