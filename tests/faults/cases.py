@@ -54,9 +54,15 @@ SETTINGS = (
     "supervisor.backoff_first_s=0.05",
     "supervisor.backoff_max_s=0.1",
 )
-#: So few blocks that what one lease gave back is soon another's.
+#: So few blocks that what one lease gave back is soon another's; steps so short that most prompts take several, and
+#: their blocks stream.
 ENGINE_SETTINGS = {
-    "sim": ("engine.speedup=5", "engine.kv_cache_bytes=64MiB", "engine.staging_bytes=32MiB"),
+    "sim": (
+        "engine.speedup=5",
+        "engine.kv_cache_bytes=64MiB",
+        "engine.staging_bytes=32MiB",
+        "engine.max_batched_tokens=256",
+    ),
     "vllm": (
         "engine.dtype=float32",
         "engine.max_model_len=1024",
@@ -64,7 +70,7 @@ ENGINE_SETTINGS = {
         "engine.staging_bytes=8MiB",
         "engine.max_running=16",
         "worker.decode.legs=16",
-        "engine.max_batched_tokens=512",
+        "engine.max_batched_tokens=128",
     ),
 }
 
