@@ -511,10 +511,11 @@ class KvNode:
 
         Idempotent; unknown ids are ignored.
         """
-        with self._lock:
+        with self._changed:
             transfer = self._transfers.find(staged_id)
             if transfer is not None and transfer.state is TransferState.STAGED:
                 self._transfers.apply(transfer, TransferEvent.DISCARD)
+                self._changed.notify_all()
                 return
             job = self._jobs.get(staged_id)
         if job is not None:
@@ -548,6 +549,8 @@ class KvNode:
                 try:
                     transfer = self._transfers.begin(handle.staged_id, blocks, ahead=ahead)
                 except AlreadyUsed as used:
+                    if self._wait_for_ahead(handle.staged_id, deadline):
+                        continue
                     raise FetchError(Outcome.REFUSED, f"the handle of {handle.transfer_id} was used before") from used
                 if transfer.state is not TransferState.FULL:
                     break
@@ -558,6 +561,15 @@ class KvNode:
             job = _Job(transfer, cancel, self._scratch_slots.pop(), deadline, extend_at)
             self._jobs[transfer.staged_id] = job
             return job
+
+    def _wait_for_ahead(self, staged_id: str, deadline: float) -> bool:
+        """Until what was fetched ahead under this id, and given up, is gone; False when there is nothing like that."""
+        transfer = self._transfers.find(staged_id)
+        if transfer is None or not transfer.ahead or transfer.state is TransferState.CLAIMED:
+            return False
+        if not self._changed.wait(deadline - time.monotonic()):
+            raise FetchError(Outcome.FAILED, f"{transfer.read} does not end")
+        return True
 
     def _wait_for_pages(self, deadline: float) -> bool:
         """Until a fetch that was cancelled has given its pages back; False when none will."""

@@ -226,13 +226,47 @@ def test_what_was_read_ahead_and_discarded_is_stale_for_the_next(owner, reader):
     assert raised.value.outcome is Outcome.STALE
 
 
-def test_a_handle_is_refused_while_it_is_read_ahead(owner, reader):
+def test_a_fetch_waits_for_the_end_of_what_was_given_up(owner, reader):
+    """Whoever dropped the first may be asked for the second at once."""
+    met(owner, reader)
+    handle = stream(owner)
+    reading = Reader(reader, handle)
+    owner.node.publish("t", BLOCKS, 16)
+    reading.has_read(1)
+    with ThreadPoolExecutor(1) as threads:
+        wanted = threads.submit(reader.node.fetch, handle, 10.0)
+        eventually(lambda: reader.node._changed._waiters)
+        owner.node.publish("t", BLOCKS, 32)
+        reading.cancel.set()
+        owner.node.publish("t", BLOCKS, TOKENS)
+        fetched = wanted.result(10)
+    assert reader.staged(fetched.staged_id) == [owner.block(block) for block in BLOCKS]
+    reader.node.discard(fetched.staged_id)
+    with pytest.raises(FetchError, match="cancelled"):
+        reading.future.result(10)
+
+
+def test_a_fetch_waits_for_the_discard_of_what_was_staged_ahead(owner, reader):
+    handle = stream(owner)
+    owner.node.publish("t", BLOCKS, TOKENS)
+    staged = reader.node.fetch(handle, 5.0, ahead=True)
+    with ThreadPoolExecutor(1) as threads:
+        wanted = threads.submit(reader.node.fetch, handle, 10.0)
+        eventually(lambda: len(reader.node._changed._waiters) > 1)
+        reader.node.discard(staged.staged_id)
+        with pytest.raises(FetchError) as raised:
+            wanted.result(10)
+    assert raised.value.outcome is Outcome.STALE, "its lease was released when the bytes were in"
+
+
+def test_a_fetch_does_not_wait_for_ever_for_one_that_goes_on(owner, reader):
     met(owner, reader)
     handle = stream(owner)
     reading = Reader(reader, handle)
     eventually(lambda: reading.looks)
-    with pytest.raises(FetchError, match="used before"):
-        reader.node.fetch(handle, 5.0)
+    with pytest.raises(FetchError, match="does not end") as raised:
+        reader.node.fetch(handle, 0.1)
+    assert raised.value.outcome is Outcome.FAILED
     owner.node.withdraw("t")
     reading.fails(Outcome.STALE)
 
