@@ -48,6 +48,8 @@ class Seen:
     work: list[tuple[float, float]] = field(default_factory=list)
     #: When it was asked for, and how long the first token took.
     ttft: list[tuple[float, float]] = field(default_factory=list)
+    #: Of whole answers: seconds per token after the first.
+    tpot: list[float] = field(default_factory=list)
     asked: int = 0
     refused: int = 0
     wrong: int = 0
@@ -65,16 +67,19 @@ def play(load: LoadShape, address: str, key: str, began: float, duration_s: floa
 
 
 async def _play(load: LoadShape, address: str, key: str, began: float, duration_s: float, random: Random) -> Seen:
-    seen = Seen()
+    seen, text = Seen(), Random(random.getstate()[1][0])
     async with AsyncClient(address, api_key=key, retries=0) as client, asyncio.TaskGroup() as tasks:
 
         def now() -> float:
             return time.monotonic() - began
 
-        async def ask() -> bool:
-            prompt = [random.randrange(*VOCABULARY) for _ in range(random.randint(*load.prompt))]
-            tokens = random.randint(*load.output)
-            asked_at, got, first = now(), 0, True
+        def lengths() -> tuple[int, int]:
+            """Drawn as the simulator draws them, so that both runs ask for the same."""
+            return random.randint(*load.prompt), random.randint(*load.output)
+
+        async def ask(prompt_tokens: int, tokens: int) -> bool:
+            prompt = [text.randrange(*VOCABULARY) for _ in range(prompt_tokens)]
+            asked_at, got, first, seen_first = now(), 0, True, 0.0
             seen.asked += 1
             try:
                 with suppress(TimeoutError):
@@ -85,12 +90,14 @@ async def _play(load: LoadShape, address: str, key: str, began: float, duration_
                         async for delta in generation:
                             when = now()
                             if first:
-                                seen.ttft.append((asked_at, when - asked_at))
+                                seen_first = when - asked_at
+                                seen.ttft.append((asked_at, seen_first))
                                 seen.work.append((when, float(len(prompt))))
                                 first = False
                             got += len(delta.token_ids)
                             seen.work.append((when, 2.0 * len(delta.token_ids)))
                         seen.wrong += got != tokens
+                        seen.tpot.append((now() - asked_at - seen_first) / max(1, tokens - 1))
             except TandemError:
                 seen.refused += 1
                 return False
@@ -98,7 +105,7 @@ async def _play(load: LoadShape, address: str, key: str, began: float, duration_
 
         async def keep_asking() -> None:
             while now() < duration_s:
-                if not await ask():
+                if not await ask(*lengths()):
                     await asyncio.sleep(0.05)
 
         await asyncio.sleep(max(0.0, -now()))
@@ -109,7 +116,7 @@ async def _play(load: LoadShape, address: str, key: str, began: float, duration_
             due = 0.0
             while due < duration_s:
                 await asyncio.sleep(max(0.0, due - now()))
-                tasks.create_task(ask())
+                tasks.create_task(ask(*lengths()))
                 due += random.expovariate(load.rate_per_s)
     return seen
 
@@ -141,7 +148,13 @@ def live(scenario: Scenario, folder: Path) -> dict[str, Seen]:
         began = time.monotonic() + HEAD_START_S
         playing = {
             load.tenant: processes.submit(
-                play, load, there.address, made[load.tenant], began, scenario.duration_s, f"{scenario.seed}/{index}"
+                play,
+                load,
+                there.address,
+                made[load.tenant],
+                began,
+                scenario.duration_s,
+                f"{scenario.seed}/{load.tenant}/{index}",
             )
             for index, load in enumerate(scenario.loads)
         }
@@ -181,6 +194,11 @@ def virtual(run: Run) -> dict[str, Seen]:
         found[load.tenant] = Seen(
             work=run.work[load.tenant],
             ttft=[(one.request.arrival, one.ttft_s) for one in served if one.ttft_s is not None],
+            tpot=[
+                (one.ended_at - one.first_token_at) / (one.tokens - 1)
+                for one in served
+                if one.first_token_at is not None and one.ended_at is not None and one.error is None
+            ],
             asked=len(served),
             refused=sum(1 for one in served if one.error is not None),
         )
@@ -199,6 +217,7 @@ def rows_and_checks(here: Mapping[str, Seen], there: Mapping[str, Seen]) -> tupl
             row[f"share_{name}"] = round(seen.cost() / total, 4)
             row[f"ttft_p50_s_{name}"] = _rounded(seen.ttft_at(0.5))
             row[f"ttft_p99_s_{name}"] = _rounded(seen.ttft_at(0.99))
+            row[f"tpot_p50_ms_{name}"] = round((percentile(seen.tpot, 0.5) or 0.0) * 1e3, 2)
             row[f"asked_{name}"], row[f"refused_{name}"] = seen.asked, seen.refused
         rows.append(row)
         for figure in ("share", "ttft_p50_s", "ttft_p99_s"):
