@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV = .venv/bin/python
 
-.PHONY: setup up test test-fast test-clients check format protos conformance fuzz-grpc fuzz-http lock clean
+.PHONY: setup up test test-fast test-clients check format protos conformance fuzz-grpc fuzz-http fuzz-text lock clean
 
 setup:  ## everything needed to develop, vLLM included
 	$(PYTHON) bootstrap.py setup
@@ -39,6 +39,9 @@ fuzz-http:  ## the same over HTTP, made from the OpenAPI document by schemathesi
 	test -x .venv-fuzz/bin/python || $(PYTHON) -m venv .venv-fuzz
 	.venv-fuzz/bin/pip install --quiet --disable-pip-version-check -r tests/fuzz/requirements.txt
 	$(VENV) -m tests.fuzz.live http $(ARGS)
+
+fuzz-text:  ## texts of every script through a router, with stop strings at every position
+	$(VENV) -m tests.fuzz.text $(ARGS)
 
 bench-%:  ## bench-router-core runs benchmarks/router_core.py
 	$(VENV) -m benchmarks.$(subst -,_,$*) $(ARGS)

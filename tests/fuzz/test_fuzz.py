@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.harness import Cluster, cluster
-from tests.fuzz import grpc_methods
+from tests.fuzz import grpc_methods, text
 from tests.fuzz.live import becomes_idle
 
 CASES = 40
@@ -33,3 +33,9 @@ async def test_calls_that_can_be_served_are_among_them(serving: Cluster) -> None
             outcome = await grpc_methods.fuzz(serving.address, method, 60, 3, ["tandem-nano"])
             served = outcome.codes["OK"] + outcome.codes["DEADLINE_EXCEEDED"]  # watching has no end of its own
             assert served > 3, (method.full_name, outcome.codes)
+
+
+@pytest.mark.asyncio
+async def test_any_text_is_streamed_whole_and_up_to_a_stop_string_anywhere() -> None:
+    """`make fuzz-text` tries a thousand, and every position of each."""
+    assert await text.run(120, 7, every_position=False) > 360
