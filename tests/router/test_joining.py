@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from protos import control_pb2, inference_pb2, worker_link_pb2
 from protos import worker_link_pb2_grpc as link_grpc
+from router import links
 from router.config import AuthConfig
 from router.core.errors import Unauthenticated
 from router.core.request import Lane
@@ -36,6 +37,10 @@ async def router() -> AsyncIterator[Router]:
 
 def link(router: Router, metadata: tuple[tuple[str, str], ...] = ()) -> Link:
     return link_grpc.WorkerLinkStub(router.channel).Connect(timeout=WAIT_S, metadata=metadata)
+
+
+def introduction(nonce: bytes | None = None) -> worker_link_pb2.Introduction:
+    return worker_link_pb2.Introduction(worker_id="w", incarnation="i0", nonce=nonce or join.nonce())
 
 
 async def refusal(router: Router, call: Link) -> grpc.aio.AioRpcError:
@@ -81,16 +86,14 @@ class TestStrangers:
         await router.until(lambda status: len(status.workers) == 1)
         good.cancel()
         await router.until(lambda status: not status.workers)
-        introduction = worker_link_pb2.Introduction(worker_id="w", incarnation="i0", nonce=join.nonce())
-        await again.write(Message(introduction=introduction))
+        await again.write(Message(introduction=introduction()))
         assert (await anext(aiter(again))).HasField("challenge")
         await again.write(Message(hello=said))
         is_stranger(await refusal(router, again), "not made with this cluster's secret")
 
     async def test_with_the_routers_own_proof(self, router: Router) -> None:
         call = link(router)
-        introduction = worker_link_pb2.Introduction(worker_id="w", incarnation="i0", nonce=join.nonce())
-        await call.write(Message(introduction=introduction))
+        await call.write(Message(introduction=introduction()))
         said = hello("w", BOTH)
         said.proof = (await anext(aiter(call))).challenge.proof
         await call.write(Message(hello=said))
@@ -105,9 +108,7 @@ class TestStrangers:
 
     async def test_with_a_short_nonce(self, router: Router) -> None:
         call = link(router)
-        await call.write(
-            Message(introduction=worker_link_pb2.Introduction(worker_id="w", incarnation="i0", nonce=b"short"))
-        )
+        await call.write(Message(introduction=introduction(b"short")))
         is_stranger(await refusal(router, call), "must have 32 bytes")
 
     async def test_with_a_tenants_or_even_an_operators_key(self, tmp_path: Path) -> None:
@@ -138,6 +139,17 @@ class TestStrangers:
             assert caplog.text.count("joining refused from 127.0.0.1 as 'w\\nx': JOIN_PROOF_WRONG") == 1
             page = await asyncio.to_thread(metrics, router)
             assert 'tandem_refused_total{reason="JOIN_PROOF_WRONG",what="joins"} 5.0' in page
+
+
+async def test_strangers_that_say_nothing_fill_a_queue_of_their_own(
+    router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "_JOINING_MAX", 1)
+    silent = link(router)
+    await silent.write(Message(introduction=introduction()))
+    assert (await anext(aiter(silent))).HasField("challenge")
+    assert (await refusal(router, link(router))).code() is grpc.StatusCode.UNAVAILABLE
+    silent.cancel()
 
 
 class TestCertificates:
