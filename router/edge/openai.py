@@ -80,7 +80,7 @@ class OpenAIEdge:
         self._http = http
         self._version = version
         self._metrics = metrics
-        self._openapi = _encode(document(version, requests))
+        self._openapi = _encode(document(version, requests, templates))
         self._began = int(time.time())
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/completions": {"POST": self._completions},

@@ -3,6 +3,7 @@ very tables that they are checked against."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -15,6 +16,8 @@ Json = dict[str, Any]
 
 _BODIES = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 _TEXT: Json = {"type": "string"}
+#: As documents describe what comes in a stream of events.
+_EVENT: Json = {"type": "object", "properties": {"data": _TEXT}, "required": ["data"]}
 _COUNT: Json = {"type": "integer", "minimum": 0}
 
 
@@ -102,9 +105,10 @@ _HAS_BODY = (400, 408, 413)
 _GENERATES = (400, 401, 403, 404, 408, 413, 429, 499, 503, 504)
 
 
-def _answers(name: str, wrong: tuple[int, ...], **others: str) -> Json:
+def _answers(name: str, wrong: tuple[int, ...], *, streams: bool = False) -> Json:
     content = {"application/json": {"schema": _ref(name)}}
-    content |= {kind: {"schema": _TEXT} for kind in others.values()}
+    if streams:
+        content["text/event-stream"] = {"schema": _EVENT}
     said: Json = {"200": {"description": "Done.", "content": content}}
     for status in wrong:
         said[str(status)] = {
@@ -123,22 +127,23 @@ def _gives(answers: Json, summary: str, **more: object) -> Json:
     return {"get": {"summary": summary, "responses": answers, **more}}
 
 
-def document(version: str, limits: RequestLimits) -> Json:
+def document(version: str, limits: RequestLimits, models: Iterable[str]) -> Json:
+    models = sorted(models)
     _, bodies = msgspec.json.schema_components(
         _BODIES, schema_hook=lambda kind: {"description": "anything"}, ref_template="#/components/schemas/{name}"
     )
     for body in _BODIES:
         _narrow(bodies[body.__name__]["properties"], limits)
-    stream = {"stream": "text/event-stream"}
-    generates = (*_GENERATES,)
+        bodies[body.__name__]["properties"]["model"] = {"enum": [*models, None]}
     talks = (*_ASKS_WHO, 404, 503, *_HAS_BODY)
-    models = (*_ASKS_WHO,)
-    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    name = {"name": "model", "in": "path", "required": True, "schema": {"enum": list(models)}}
     paths = {
-        "/v1/completions": _takes(CompletionBody, _answers("Completion", generates, **stream), "Continue prompts"),
-        "/v1/chat/completions": _takes(ChatBody, _answers("ChatCompletion", generates, **stream), "Answer a message"),
-        "/v1/models": _gives(_answers("Models", models), "What is served to this caller"),
-        "/v1/models/{model}": _gives(_answers("Model", (*models, 404)), "One model", parameters=[name]),
+        "/v1/completions": _takes(CompletionBody, _answers("Completion", _GENERATES, streams=True), "Continue prompts"),
+        "/v1/chat/completions": _takes(
+            ChatBody, _answers("ChatCompletion", _GENERATES, streams=True), "Answer a message"
+        ),
+        "/v1/models": _gives(_answers("Models", _ASKS_WHO), "What is served to this caller"),
+        "/v1/models/{model}": _gives(_answers("Model", (*_ASKS_WHO, 404)), "One model", parameters=[name]),
         "/tokenize": _takes(TokenizeBody, _answers("Tokens", talks), "A text's tokens"),
         "/detokenize": _takes(DetokenizeBody, _answers("Text", talks), "Tokens' text"),
         "/health": _gives(_answers("Empty", (503,)), "Whether a request could be served"),
