@@ -104,6 +104,31 @@ def test_what_is_charged_and_given_back_leaves_no_newcomer_behind() -> None:
     assert pool.order(2).count("b") == 1
 
 
+def test_who_comes_back_gets_its_share_of_what_is_being_computed_first() -> None:
+    pool = Pool(book(Tenant(id="busy"), Tenant(id="back")))
+    for _ in range(20):
+        pool.push("busy")
+    assert set(pool.order(4)) == {"busy"}
+    pool.queue.computing = 400  # those four prompts
+    for _ in range(4):
+        pool.push("back")
+    # Half of the 400 is its share, beside the turn that it has anyway; one costs 120.
+    assert pool.order(5) == ["back", "back", "back", "busy", "back"]
+
+
+def test_coming_back_all_the_time_gains_that_once() -> None:
+    pool = Pool(book(Tenant(id="busy"), Tenant(id="back")))
+    pool.queue.computing = 400
+    for _ in range(200):
+        pool.push("busy")
+    order: list[str] = []
+    while len(order) < 100:
+        if not any(waiting.tenant == "back" for waiting in pool.waiting.values()):
+            pool.push("back")
+        order += pool.order(1)
+    assert 49 <= order.count("back") <= 53
+
+
 def test_a_debt_outlasts_an_empty_queue() -> None:
     pool = Pool(book(Tenant(id="a"), Tenant(id="b")))
     for _ in range(10):

@@ -9,7 +9,7 @@ import pytest
 
 from router.core import effects as fx
 from router.core import events as ev
-from router.core.budget import Budgets
+from router.core.budget import Budgets, Step
 from router.core.core import Core
 from router.core.errors import NotFound, Rejected, Unavailable
 from router.core.estimate import StepModel
@@ -19,6 +19,7 @@ from router.core.quota import OverQuota
 from router.core.request import Lane, Sampling
 from router.core.salt import cache_salt
 from router.core.tenant import Budget, Period, PricePlan, Selector, Tenant, TenantBook
+from router.core.usage import Used
 from router.core.worker import Role
 from tests.router.core.test_simulation import ACTIONS, CALM, ROUGH, SAMPLINGS, Actions
 from tests.router.core.world import MODEL, Client, World
@@ -112,6 +113,28 @@ class TestBudgets:
         again = Budgets(records=[*world.records, *records])
         assert not list(again.open)
         assert again.balances(0.0, self.TENANT)[0].tokens == balance.tokens
+
+    def test_usage_that_was_told_before_a_crash_settles_its_reservation_and_is_not_told_again(self) -> None:
+        world = World(book=book(self.TENANT))
+        world.join("b", B)
+        world.submit("r", tenant="a")
+        world.settle()
+        usage = world.usage["r"]
+        assert world.records[-1].step is Step.SETTLE
+        used = Used(usage.prompt_tokens + usage.completion_tokens, usage.money_micros)
+        core = Core(
+            now=0.0,
+            limits=CoreLimits(),
+            models=(MODEL,),
+            book=book(self.TENANT),
+            records=world.records[:-1],
+            recorded={usage.record_id: used},
+        )
+        effects = core.handle(0.0, ev.Tick())
+        assert [type(effect) for effect in effects] == [fx.Journal]
+        (balance,) = core.admission.budgets.balances(0.0, self.TENANT)
+        assert (balance.tokens, balance.money_micros) == used
+        assert not list(core.admission.budgets.open)
 
     def test_records_come_before_what_they_stand_for(self) -> None:
         world = World(book=book(self.TENANT))
