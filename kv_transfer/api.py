@@ -76,8 +76,9 @@ class NodeLimits:
     fetches: int = 32
     #: Peers known at once; the least recently used is forgotten.
     peers: int = 256
-    #: Bytes per transport read: how long a cancel or a deadline waits at most.
-    piece_bytes: int = 8 * MiB
+    #: Bytes per transport read: what a cancel or a deadline waits for at most, some milliseconds on a lane of 5 GB/s.
+    #: Each piece costs a fixed part, which a fast lane would feel in smaller ones.
+    piece_bytes: int = 32 * MiB
     #: Handles remembered as used; a replay of an older one finds its lease ended.
     used_handles: int = 4096
     #: Bytes of the self-test read when two nodes meet.
