@@ -90,16 +90,17 @@ class Reading:
         there: list[int] = []
         read = 0
         while True:
-            # Not kept while there is nothing to read.
+            # Not kept while there is nothing to read; while there is, by what streams for one piece at a time, so that
+            # those who are waited for come in between.
             with self.peer.wire.turn.hold(self.deadline, self.cancel):
-                if not self.handle.block_ids:
+                if read == len(ids):
                     looked_at = time.monotonic()
                     self._learn_ids(ids)
                     if read < len(ids):
                         pace.grew(looked_at, len(ids) - read)
-                if read < len(ids):
-                    self._read(ids[read:], self.pages[read : len(ids)])
-                    read = len(ids)
+                stop = len(ids) if self.handle.block_ids else min(len(ids), read + self._blocks_in_a_piece)
+                self._read(ids[read:stop], self.pages[read:stop])
+                read = stop
                 if read == len(self.pages):
                     self.cancel.check()
                     bytes_in()
@@ -111,7 +112,12 @@ class Reading:
             if read == len(self.pages):
                 self._compare(here, there)
                 return
-            self.cancel.wait(pace.pause_s(time.monotonic()))
+            if read == len(ids):
+                self.cancel.wait(pace.pause_s(time.monotonic()))
+
+    @property
+    def _blocks_in_a_piece(self) -> int:
+        return max(1, self.piece_bytes // self.layout.block_bytes)
 
     def _check(self) -> None:
         handle, facts, blocks = self.handle, self.peer.facts, len(self.pages)
@@ -149,6 +155,8 @@ class Reading:
         ids += new
 
     def _read(self, ids: Sequence[int], pages: Sequence[int]) -> None:
+        if not ids:
+            return
         for piece in pieces(block_segments(self.layout, self.peer.facts.arena, ids, pages), self.piece_bytes):
             self.look_up()
             self.peer.wire.read(self.peer.facts.name, piece, self.deadline)

@@ -283,6 +283,35 @@ def test_reads_ahead_leave_half_of_the_pages(owner, reader):
     reading.fails(Outcome.STALE)
 
 
+def test_who_is_waited_for_comes_in_between_two_pieces_of_what_streams(owner, reader):
+    met(owner, reader)
+    handle, wanted = stream(owner), owner.offer("wanted", blocks=(20,))
+    owner.node.publish("t", BLOCKS, 64)
+    blocks_read: list[int] = []
+    reading, go_on = threading.Event(), threading.Event()
+
+    def note(event: ReadEvent) -> None:
+        if event.done and event.segments.remote_region == ARENA:
+            size = owner.layout.segment_bytes
+            blocks_read.append(int(event.segments.remote[0]) % (32 * size) // size)
+            reading.set()
+            go_on.wait(10)
+
+    reader.inproc.hook = note
+    with ThreadPoolExecutor(2) as threads:
+        ahead = threads.submit(reader.node.fetch, handle, 10.0, ahead=True)
+        assert reading.wait(10)
+        asked = threads.submit(reader.node.fetch, wanted, 10.0)
+        wire_ = reader.node._roster.wires[0]
+        eventually(lambda: len(wire_.turn._queue) == 2)
+        go_on.set()
+        reader.node.discard(asked.result(10).staged_id)
+        owner.node.publish("t", BLOCKS, TOKENS)
+        reader.node.discard(ahead.result(10).staged_id)
+    order = list(dict.fromkeys(blocks_read))
+    assert order.index(20) == 1, order
+
+
 def test_a_fetch_waits_for_the_pages_of_a_cancelled_one(owner, reader):
     met(owner, reader)
     reading = Reader(reader, stream(owner))
