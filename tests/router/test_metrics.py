@@ -1,5 +1,7 @@
 """What /metrics says is what the core counted."""
 
+from dataclasses import fields
+
 from router.core.lifecycle import State as Life
 from router.core.snapshot import Snapshot, WorkerView
 from router.core.stats import Stats
@@ -45,3 +47,14 @@ def test_the_page_holds_counters_gauges_and_cumulative_buckets() -> None:
         'tandem_time_to_first_token_seconds_bucket{le="+Inf"} 3.0',
         "tandem_time_to_first_token_seconds_count 3.0",
     } <= lines, page
+
+
+def test_everything_that_the_core_counts_is_on_the_page() -> None:
+    stats = Stats()
+    counted = [field.name for field in fields(Stats) if isinstance(getattr(stats, field.name), int)]
+    for number, name in enumerate(counted, start=1000):
+        setattr(stats, name, number)
+    snapshot = Snapshot(workers=(), queued=0, running=0, queued_tokens=0, requests=(), outcomes={})
+    lines = exposition(RouterCollector(lambda: (stats, snapshot)))().decode().splitlines()
+    for number, name in enumerate(counted, start=1000):
+        assert f"tandem_{name}_total {float(number)}" in lines
