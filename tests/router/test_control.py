@@ -4,6 +4,7 @@ workers."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from typer.testing import CliRunner
 
 from router.config import AuthConfig
 from router.edge import keys
 from router.edge.identity import Scope
 from tandem import AsyncClient, Client, TandemError
+from tandem.cli import app
+from tandem.client import API_KEY_VARIABLE
 from tandem.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from tandem.values import RequestStory
 from tests.router.running import Router, running
@@ -220,3 +224,26 @@ class TestTenants:
             status = await asyncio.to_thread(client.status)
         assert status.outcomes["finished"] == asked
         assert sum(status.outcomes.values()) == asked
+
+    async def test_the_commands_for_files_do_the_same_by_a_router(self, cluster: Cluster, tmp_path: Path) -> None:
+        address = f"127.0.0.1:{cluster.router.bound.port}"
+
+        async def tandem(*arguments: str) -> str:
+            environ = {API_KEY_VARIABLE: cluster.keys["ops"], "TANDEM_STATE_DIR": str(tmp_path / "none")}
+            command = [*arguments, "--address", address]
+            result = await asyncio.to_thread(CliRunner().invoke, app, command, env=environ)
+            assert result.exit_code == 0, result.output
+            return result.stdout
+
+        await tandem("tenant", "add", "new", "weight=2", "lanes=batch")
+        await tandem("tenant", "set", "new", "weight=3")
+        assert json.loads(await tandem("tenant", "show", "new", "--json"))["lanes"] == ["batch"]
+        assert "new     3       batch" in await tandem("tenant", "list")
+        cluster.keys["new"] = (await tandem("key", "create", "new")).strip().splitlines()[0]
+        await cluster.ask("new", "r")
+        assert "finished" in await tandem("why", "r")
+        (key,) = json.loads(await tandem("key", "list", "--tenant", "new", "--json"))
+        await tandem("key", "revoke", key["id"])
+        await tandem("tenant", "remove", "new")
+        assert "new" not in await tandem("tenant", "list")
+        assert cluster.tenants.read_text().strip() == TENANTS.strip()
