@@ -194,6 +194,9 @@ class RouterConfig:
     step: StepModel = UNKNOWN
     requests: RequestLimits = field(default_factory=RequestLimits)
     http: HttpLimits = field(default_factory=HttpLimits)
+    #: How old a client's connection becomes before it is asked to open another; 0: for ever. Calls are let finish,
+    #: and workers' links stay.
+    connection_age_s_max: float = 3600.0
     #: How often workers report their load.
     load_report_interval_s: float = 1.0
     #: How long requests may go on after the router was told to stop.
@@ -224,6 +227,8 @@ class RouterConfig:
                 f"({self.limits.silence_s_max}), is {self.load_report_interval_s}"
             )
         found += self._tls_problems() + self._join_problems()
+        if self.connection_age_s_max < 0:
+            found.append(f"connection_age_s_max: must not be negative, is {self.connection_age_s_max}")
         if self.shutdown_grace_s < 0:
             found.append(f"shutdown_grace_s: must not be negative, is {self.shutdown_grace_s}")
         if not (Path(self.model_dir) / "tokenizer.json").is_file():

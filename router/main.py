@@ -42,6 +42,7 @@ from router.edge.reflection import EveryPool
 from router.edge.text import ModelText
 from router.edge.vllm_engine import VllmEngineEdge
 from router.edge.vllm_engine_wire import Model
+from router.grpc_server.connection import ConnectionLimits
 from router.grpc_server.server import GrpcServer
 from router.joining import Gate
 from router.links import Links
@@ -142,7 +143,8 @@ async def serve(
     )
     health = health_aio.HealthServicer()
 
-    server = GrpcServer(message_bytes_max=config.requests.message_bytes_max)
+    connections = ConnectionLimits(age_s_max=config.connection_age_s_max)
+    server = GrpcServer(message_bytes_max=config.requests.message_bytes_max, limits=connections)
     server.add_generic_rpc_handlers((edge.handlers(), operators.handlers(), *(one.handlers() for one in foreign)))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     services = (*CLIENTS, control.SERVICE, orca.SERVICE, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -151,7 +153,7 @@ async def serve(
     port = _bind(server, "port", config.host, config.port, access.tls)
     servers, worker_port = [server], None
     if config.worker_listen:
-        servers.append(GrpcServer(message_bytes_max=config.requests.message_bytes_max))
+        servers.append(GrpcServer(message_bytes_max=config.requests.message_bytes_max, limits=connections))
         health_pb2_grpc.add_HealthServicer_to_server(health, servers[-1])
         host, _, asked = config.worker_listen.rpartition(":")
         worker_port = _bind(servers[-1], "worker_listen", host, int(asked), access.worker_tls)
@@ -179,7 +181,7 @@ async def serve(
             version=version("tandem"),
             metrics=exposition(collector),
         )
-        http = HttpServer(app, config.http, access.tls)
+        http = HttpServer(app, config.http, access.tls, age_s_max=config.connection_age_s_max)
         await _listen(http, "http_port", config.host, config.http_port)
 
     if asked_to_stop is None:

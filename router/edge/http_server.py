@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from email.utils import formatdate
+from math import inf
 from typing import Any
 from uuid import uuid4
 
@@ -181,8 +182,10 @@ def _too_large(bytes_max: int) -> BodyTooLarge:
 class HttpServer:
     """Listens from `listen` to `close`, in the running loop. Leaves signals and logging alone."""
 
-    def __init__(self, app: ASGIApp, limits: HttpLimits, tls: Tls | None = None) -> None:
+    def __init__(self, app: ASGIApp, limits: HttpLimits, tls: Tls | None = None, *, age_s_max: float = 0.0) -> None:
+        """`age_s_max`: the request that comes after so long is its connection's last; 0: connections grow old."""
         self._limits = limits
+        self._age_s_max = age_s_max
         self._tls = tls
         #: What new connections get.
         self._context: ssl.SSLContext | None = None
@@ -232,7 +235,7 @@ class HttpServer:
         before.close()
 
     def _connection(self) -> _Connection:
-        return _Connection(self._config, self._state, self._limits)
+        return _Connection(self._config, self._state, self._limits, self._age_s_max)
 
     async def close(self, last_words_s: float) -> None:
         """Takes nothing new; what is being answered has that long to be said."""
@@ -263,9 +266,10 @@ def _certificate_names(certificate: Mapping[str, Any]) -> Iterator[str]:
 class _Connection(HttpToolsProtocol):
     """uvicorn's, with an end to its patience."""
 
-    def __init__(self, config: Config, state: ServerState, limits: HttpLimits) -> None:
+    def __init__(self, config: Config, state: ServerState, limits: HttpLimits, age_s_max: float) -> None:
         super().__init__(config, state, {})
         self._limits = limits
+        self._old_at = self.loop.time() + age_s_max if age_s_max else inf
         #: Runs while a head is awaited: at the beginning, and from the first byte of each later request.
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
@@ -304,6 +308,8 @@ class _Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_is_here()
         super().on_headers_complete()
+        if self.loop.time() >= self._old_at:
+            self.cycle.keep_alive = False
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import uniform
 from typing import Protocol, cast
 
 from hpack import Decoder
@@ -35,6 +36,8 @@ class ConnectionLimits:
     greeting_timeout_s: float = 20.0
     #: A silent connection is asked for a sign of life after so long, and closed after as long again.
     silence_s_max: float = 60.0
+    #: Then it takes no more calls (GOAWAY), and clients open another: so they spread over routers. 0: for ever.
+    age_s_max: float = 0.0
     #: Answers to control frames that a client has not read.
     unread_answers_max: int = 1 << 20
 
@@ -97,6 +100,7 @@ class Connection(asyncio.Protocol):
         self._going_away = False
         self._heard = True
         self._timer: asyncio.TimerHandle | None = None
+        self._age_timer: asyncio.TimerHandle | None = None
         #: Done when the connection is over.
         self.lost: asyncio.Future[None] = self._loop.create_future()
 
@@ -117,13 +121,17 @@ class Connection(asyncio.Protocol):
             + h2.window_update(0, limits.unread_bytes_max)
         )
         self._timer = self._loop.call_later(limits.greeting_timeout_s, self._look_for_silence)
+        if limits.age_s_max:
+            age_s = limits.age_s_max * uniform(0.9, 1.1)  # those that came together do not leave together
+            self._age_timer = self._loop.call_later(age_s, self.go_away, "the connection is old; open another")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._everyone.discard(self)
         self._transport = None
         self.lost.set_result(None)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._age_timer):
+            if timer is not None:
+                timer.cancel()
         for stream in tuple(self._streams.values()):
             stream.cancel()
         self._wake()
@@ -191,12 +199,12 @@ class Connection(asyncio.Protocol):
 
     # For the server.
 
-    def go_away(self) -> None:
+    def go_away(self, why: str = "the server stops") -> None:
         """Takes no more calls, and closes when the last is over."""
         if self._going_away or self._transport is None:
             return
         self._going_away = True
-        self._say_goodbye(h2.NO_ERROR, "the server stops")
+        self._say_goodbye(h2.NO_ERROR, why)
         if not self._streams:
             self.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -125,7 +126,7 @@ class TestAnswers:
     async def test_the_form_of_an_answer_reaches_an_engine_that_can_follow_it(
         self, router: Router, structure: dict[str, object]
     ) -> None:
-        facts = {"model": {"features": ["structure", "logit_bias"]}}
+        facts: dict[str, Any] = {"model": {"features": ["structure", "logit_bias"]}}
         prefill, decode = await router.worker("p", PREFILL, **facts), await router.worker("d", DECODE, **facts)
         await decode.wait_for("peers")
         asked = sampling(structure=structure, logit_bias={5: 0.5}, temperature=1.0)
@@ -413,6 +414,21 @@ class TestEnds:
                 assert dict(status.outcomes)["failed"] == 1
                 error = await failure(call)
                 assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "STREAM_BUFFER")
+
+    async def test_an_old_connection_lets_its_calls_finish_and_workers_stay(self) -> None:
+        async with running(connection_age_s_max=0.2) as router:
+            worker = await router.worker("b", answer=ANSWER)
+            worker.pause_at = 2
+            call = router.generate(token_ids={"ids": [5]}, sampling=sampling())
+            (order,) = await worker.wait_for("decode")
+            await asyncio.sleep(0.5)  # as old as it may become
+            worker.pause_at = len(ANSWER)
+            rest = {"leg_id": order.decode.leg_id, "token_ids": ANSWER[2:], "finish_reason": 2}
+            await worker.send(step={"outputs": [rest]})
+            assert (await collect(call))[1].usage.completion_tokens == len(ANSWER)
+            deltas, _ = await collect(router.generate(text="x", sampling=sampling()))
+            assert "".join(delta.text for delta in deltas) == SAID
+            assert [worker.worker_id for worker in (await router.status()).workers] == ["b"]
 
     async def test_many_requests_at_once_each_get_their_own_answer(self, router: Router) -> None:
         await router.pair(ANSWER)

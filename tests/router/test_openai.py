@@ -1041,6 +1041,18 @@ class TestEnds:
                     _ = (await connection.response()).events
             await router.is_idle()
 
+    async def test_an_old_connection_is_closed_after_its_answer(self) -> None:
+        async with running(http_port=0, connection_age_s_max=0.2) as router:
+            await router.worker("b", answer=ANSWER)
+            async with connected(port(router)) as connection:
+                for closes in (False, True):
+                    await connection.send("POST", COMPLETIONS, completion(stream=True))
+                    response = await connection.response()
+                    assert "".join(event["choices"][0]["text"] for event in response.events) == SAID
+                    assert (response.headers.get("connection") == "close") is closes
+                    await asyncio.sleep(0.3)
+                assert await connection.reader.read() == b""
+
     async def test_one_connection_serves_many_requests(self, router: Router) -> None:
         await router.worker("b", answer=ANSWER)
         async with connected(port(router)) as connection:
