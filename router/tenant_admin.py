@@ -101,7 +101,7 @@ class TenantAdmin:
         except NoTenant as refused:
             raise NotFound("tenant", name, str(refused)) from None
         except TenantExists as refused:
-            raise AlreadyExists(str(refused)) from None
+            raise AlreadyExists(str(refused), reason="TENANT_EXISTS") from None
         await self._tenants.look()
 
     def _key_files(self) -> KeyFiles:

@@ -43,7 +43,9 @@ class NotFound(TandemError):
 
 
 class AlreadyExists(TandemError):
-    reason = "REQUEST_ID_IN_USE"
+    def __init__(self, message: str, *, reason: str = "REQUEST_ID_IN_USE") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Unauthenticated(TandemError):

@@ -169,8 +169,9 @@ class TestTenants:
                 await asyncio.to_thread(client.set_tenant, "acme", {"weight": "-1", "price_plan": "none"})
             with refused(InvalidArgument, "UNKNOWN_KEY", "weight"):
                 await asyncio.to_thread(client.add_tenant, "x", {"wieght": "1"})
-            with refused(AlreadyExists, "acme"):
+            with pytest.raises(AlreadyExists) as there:
                 await asyncio.to_thread(client.add_tenant, "acme", {})
+            assert there.value.reason == "TENANT_EXISTS"
             with refused(NotFound, "nobody"):
                 await asyncio.to_thread(client.remove_tenant, "nobody")
             with refused(NotFound, "nokey"):
