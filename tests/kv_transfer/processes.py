@@ -150,6 +150,10 @@ def _serve_node(names: str, seed: int) -> None:
         match command.pop("do"):
             case "offer":
                 _say(party.offer(**command).hex())
+            case "stream":
+                _say(party.node.stream(**command).hex())
+            case "publish":
+                _say(party.node.publish(**command))
             case "take_ended":
                 _say(party.node.take_ended())
             case "reuse":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -12,9 +13,11 @@ from kv_transfer import wire
 from kv_transfer.api import Fetched, FetchError, NodeLimits, OfferRefused, Outcome
 from kv_transfer.inproc import ReadEvent
 from kv_transfer.reading import Pace
+from kv_transfer.registry import make_transports
 from kv_transfer.transport import ARENA, BOARD, PeerGone
 from kv_transfer.turn import Cancel
-from tests.kv_transfer.nodes import SECRET, Party, World, eventually
+from tests.kv_transfer.nodes import SECRET, Party, World, eventually, open_party
+from tests.kv_transfer.processes import PeerProcess, peer_process
 
 BLOCKS = (3, 4, 9, 2, 11)
 TOKENS = 16 * 4 + 5
@@ -337,6 +340,62 @@ def test_a_fetch_waits_for_the_pages_of_a_cancelled_one(owner, reader):
         reading.future.result(10)
     reader.node.discard(fetched.staged_id)
     owner.node.withdraw("t")
+
+
+# -- between processes
+
+
+@pytest.fixture(params=["shm", "tcp", "nixl"])
+def reader_there(request: pytest.FixtureRequest) -> Iterator[Party]:
+    if request.param == "nixl":
+        pytest.importorskip("nixl_cu12")
+    party = open_party("d", make_transports([request.param]), limits=NodeLimits(piece_bytes=4096, self_test_bytes=1))
+    yield party
+    party.node.check_integrity()
+    party.node.close()
+
+
+def begun(reader: Party, owner: PeerProcess) -> Future[Fetched]:
+    """A fetch of a stream of which two blocks are there, and in."""
+    assert not reader.node.connect(peer="p1", address=owner.hello["address"]).refusal
+    order = {"transfer_id": "t", "tenant": "acme", "reader": "d", "tokens": TOKENS, "ttl_s": 30.0}
+    handle = bytes.fromhex(owner.call(do="stream", **order))
+    owner.call(do="publish", transfer_id="t", block_ids=BLOCKS, tokens_ready=32)
+    threads = ThreadPoolExecutor(1)
+    fetch = threads.submit(reader.node.fetch, handle, 20.0, ahead=True)
+    threads.shutdown(wait=False)
+    first = [bytes.fromhex(owner.hello["blocks"][block]) for block in BLOCKS[:2]]
+    transfers = reader.node._transfers._transfers
+
+    def is_in() -> bool:
+        pages = [page for transfer in list(transfers.values()) for page in transfer.pages[:2]]
+        size = reader.layout.block_bytes
+        return [reader.staging[page * size : (page + 1) * size].tobytes() for page in pages] == first
+
+    eventually(is_in)
+    return fetch
+
+
+def test_a_stream_is_read_out_of_another_process(reader_there):
+    with peer_process("node", reader_there.transports[0].name) as owner:
+        fetch = begun(reader_there, owner)
+        owner.call(do="publish", transfer_id="t", block_ids=BLOCKS, tokens_ready=TOKENS)
+        fetched = fetch.result(20)
+        blocks = [bytes.fromhex(owner.hello["blocks"][block]) for block in BLOCKS]
+        assert reader_there.staged(fetched.staged_id) == blocks
+        reader_there.node.discard(fetched.staged_id)
+        eventually(lambda: owner.call(do="take_ended") == ["t"])
+
+
+def test_an_owner_killed_while_it_computes_fails_the_fetch(reader_there):
+    with peer_process("node", reader_there.transports[0].name) as owner:
+        fetch = begun(reader_there, owner)
+        owner.kill()
+        with pytest.raises(FetchError) as raised:
+            fetch.result(20)
+        assert raised.value.outcome is Outcome.FAILED
+    stats = reader_there.node.stats()
+    assert (stats.staged_pages, stats.staging_pages_free + stats.quarantined_pages) == (0, 16)
 
 
 # -- rows
