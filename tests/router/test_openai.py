@@ -323,7 +323,7 @@ TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameter
 NAMED: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 CALLED: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 JSON = {"type": "json_object"}
-FEATURES = {"model": {"features": ["structure", "logit_bias"]}}
+FEATURES: Any = {"model": {"features": ["structure", "logit_bias"]}}
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
 
 
@@ -518,7 +518,7 @@ class TestOpenApi:
         schemas = document["components"]["schemas"]
         for path, methods in document["paths"].items():
             for method, operation in methods.items():
-                sent = {} if method == "post" else None
+                sent: dict[str, Any] | None = {} if method == "post" else None
                 answer = await call(port(router), method.upper(), path.format(model=MODEL), sent)
                 assert str(answer.status) in operation["responses"], (method, path)
         for kind in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody):

@@ -1,5 +1,6 @@
 """Text streams: joined pieces are the whole answer, no piece ends in half a character, stop strings never leak."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -87,6 +88,18 @@ def test_a_beginning_that_does_not_become_a_stop_is_given_out() -> None:
     assert matcher.feed("TRY") == ("ENTRY", None)
     assert matcher.feed("E") == ("", None)
     assert matcher.flush() == "E"
+
+
+@pytest.mark.asyncio
+async def test_others_are_served_while_a_long_prompt_is_tokenized(model: ModelText) -> None:
+    long = "the cat sat on the mat and x = 1\n" * 8000
+    encoding = asyncio.create_task(asyncio.to_thread(model.encode, long))
+    turns = 0
+    while not encoding.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(encoding.result()) > 100_000
+    assert turns > 100
 
 
 def test_special_tokens_are_not_text(model: ModelText) -> None:
