@@ -126,14 +126,24 @@ class ScriptedRouter(worker_link_pb2_grpc.WorkerLinkServicer):
     ) -> AsyncIterator[Router]:
         first = (await anext(request_iterator)).introduction
         challenge = worker_link_pb2.Challenge(router_id="scripted", nonce=nonce())
-        names = {"worker_id": first.worker_id, "incarnation": first.incarnation, "router_id": "scripted"}
-        nonces = {"worker_nonce": first.nonce, "router_nonce": challenge.nonce}
+
+        def made_by(side: Side, key: bytes) -> bytes:
+            return proof(
+                key,
+                side,
+                worker_id=first.worker_id,
+                incarnation=first.incarnation,
+                router_id="scripted",
+                worker_nonce=first.nonce,
+                router_nonce=challenge.nonce,
+            )
+
         if self.key:
-            challenge.proof = proof(self.key, Side.ROUTER, **names, **nonces)
+            challenge.proof = made_by(Side.ROUTER, self.key)
         yield Router(challenge=challenge)
         link = Link((await anext(request_iterator)).hello)
         self.greeted = True
-        assert link.hello.proof == proof(self.key or join_key(b"secret"), Side.WORKER, **names, **nonces)
+        assert link.hello.proof == made_by(Side.WORKER, self.key or join_key(b"secret"))
         self._links.put_nowait(link)
         if self.refusing:
             link.over.set()
