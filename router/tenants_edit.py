@@ -46,6 +46,9 @@ def facts(tenant: Tenant) -> dict[str, Any]:
     found["lanes"] = [lane.value for lane in LANES if lane in tenant.lanes]
     found["pool"] = dict(sorted(tenant.pool))
     found["models"] = sorted(tenant.models) if tenant.models is not None else None
+    found["budgets"] = [
+        {key: value for key, value in budget.items() if value is not None} for budget in found["budgets"]
+    ]
     return found
 
 

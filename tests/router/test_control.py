@@ -135,7 +135,10 @@ class TestStories:
 class TestTenants:
     async def test_what_is_changed_is_in_force_at_once_and_in_the_file(self, cluster: Cluster) -> None:
         with cluster.client("ops") as client:
-            await asyncio.to_thread(client.add_tenant, "new", {"weight": "2", "lanes": "batch,standard"})
+            budgets = '[{ "period" = "day", "tokens" = 1000 }]'
+            fields = {"weight": "2", "lanes": "batch,standard", "budgets": budgets, "pool": ""}
+            added = await asyncio.to_thread(client.add_tenant, "new", fields)
+            assert (added.fields["budgets"], added.fields["lanes"]) == (budgets, '["standard", "batch"]')
             key, secret = await asyncio.to_thread(client.create_key, "new", expires_in_s=3600.0)
             cluster.keys["new"] = secret
             await cluster.ask("new", "r")
