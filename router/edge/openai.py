@@ -144,11 +144,14 @@ class OpenAIEdge:
         with _named(formed.field if formed else ""):
             call = await self._call(exchange, COMPLETION, body, wanted, arrival)
             if body.echo:
-                call = replace(call, echoes=[self._repeated(one, call.model) for one in wanted])
+                call = replace(call, echoes=[await self._repeated(one, call.model) for one in wanted])
             await self._answer(exchange, call, stream=bool(body.stream))
 
-    def _repeated(self, wanted: Wanted, model: str) -> str:
-        return wanted.prompt if isinstance(wanted.prompt, str) else self._generator.text(model).decode(wanted.prompt)
+    async def _repeated(self, wanted: Wanted, model: str) -> str:
+        prompt = wanted.prompt
+        if isinstance(prompt, str):
+            return prompt
+        return await self._generator.work(4 * len(prompt), lambda: self._generator.text(model).decode(prompt))
 
     async def _chat(self, exchange: Exchange) -> None:
         arrival = self._generator.now()
@@ -158,7 +161,8 @@ class OpenAIEdge:
             raise Invalid("top_logprobs", "needs logprobs to be true")
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         formed = form(body)
-        tools = use(body.tools, body.tool_choice, self._template(body.model))
+        several = body.parallel_tool_calls is not False
+        tools = use(body.tools, body.tool_choice, self._template(body.model), several=several)
         if tools.structure is not None:
             if formed is not None:
                 raise Invalid("tool_choice", f"cannot be had together with {formed.field}")
@@ -296,8 +300,9 @@ class OpenAIEdge:
         await exchange.reply(_encode({"object": "list", "data": data}))
 
     async def _model(self, exchange: Exchange) -> None:
+        views = await self._generator.models_for(_presented(exchange))
         name = self._generator.model(exchange.path.removeprefix("/v1/models/"))
-        for view in await self._generator.models_for(_presented(exchange)):
+        for view in views:
             if view.name == name:
                 return await exchange.reply(_encode(self._model_card(view)))
         raise NotFound("model", name, f"model {name!r} is not served to this caller")

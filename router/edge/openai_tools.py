@@ -81,19 +81,20 @@ class Use(NamedTuple):
     named: str = ""
     #: The functions of which the answer calls one.
     required: tuple[str, ...] = ()
-    #: The model may call.
+    #: The model may call, several functions or one at most.
     auto: bool = False
+    several: bool = True
 
     def reader(self) -> Reader:
         if self.auto:
-            return _Marked()
+            return _Marked(None if self.several else 1)
         return _Chosen(self.required) if self.required else _Text()
 
 
 NO_TOOLS = Use()
 
 
-def use(tools: Sequence[Tool] | None, choice: ToolChoice | None, template: ChatTemplate) -> Use:
+def use(tools: Sequence[Tool] | None, choice: ToolChoice | None, template: ChatTemplate, *, several: bool) -> Use:
     """Raises Invalid."""
     if not tools:
         if choice not in (None, "none", "auto"):
@@ -118,7 +119,7 @@ def use(tools: Sequence[Tool] | None, choice: ToolChoice | None, template: ChatT
             "'auto' is not supported with this model: its template does not say how it calls tools; "
             "'required', 'none' and naming a function are",
         )
-    return Use(shown=shown, auto=True)
+    return Use(shown=shown, auto=True, several=several)
 
 
 def _shown(tool: Tool) -> dict[str, object]:
@@ -181,7 +182,8 @@ class _Chosen:
 class _Marked:
     """Content up to the first mark; from there on calls, if they can be read as such."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls_max: int | None) -> None:
+        self._calls_max = calls_max
         #: The longest end of what came so far that could begin a mark.
         self._held = ""
         self._calls: list[str] = []
@@ -206,7 +208,7 @@ class _Marked:
         text = "".join(self._calls)
         parts = [part.split(_MARK_END, 1)[0] for part in text.split(MARK)[1:]]
         calls = [called for part in parts if (called := _called(part)) is not None]
-        return ("", calls) if len(calls) == len(parts) else (text, [])
+        return ("", calls[: self._calls_max]) if len(calls) == len(parts) else (text, [])
 
 
 def _called(text: str) -> Called | None:

@@ -494,6 +494,11 @@ class TestTools:
         assert '"description": "does f"' in prompt
         assert not (await worker.wait_for("decode"))[0].decode.sampling.HasField("structure")
 
+    async def test_one_call_at_most_is_read_where_no_more_are_wanted(self, hermes: Router) -> None:
+        text = '<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g"}</tool_call>'
+        message, _, _ = await self.said(hermes, text, tools=[tool("f"), tool("g")], parallel_tool_calls=False)
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["f"]
+
     @pytest.mark.parametrize("text", ["1 <tool", "x <tool_call>{not json}</tool_call> y", "a <tool_call>", "plain"])
     async def test_what_is_no_call_is_content(self, hermes: Router, text: str) -> None:
         message, reason, _ = await self.said(hermes, text, tools=[tool("f")], tool_choice="auto")
@@ -897,6 +902,7 @@ class TestCallers:
                     ("POST", "/detokenize"),
                     ("GET", "/v1/models"),
                     ("GET", f"/v1/models/{MODEL}"),
+                    ("GET", "/v1/models/no-such"),
                     ("GET", "/metrics"),
                 ):
                     body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [5]}
