@@ -1,4 +1,5 @@
-"""Every command of docs/clients.md, as it stands there, against a live cluster."""
+"""Every command of docs/clients.md, as it stands there, against a live cluster; those that need other people's programs
+are in tests/clients."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import pytest
 from tests.cluster.harness import PACE, ROOT, Cluster, clean_environment, cluster
 
 PAGE = (ROOT / "docs" / "clients.md").read_text()
-COMMANDS = re.findall(r"^```(sh|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^```(sh|python)\n(?!# pip install)(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
