@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from textwrap import dedent
+from typing import Any
 
 from tests.clients.conftest import is_idle, program
 from tests.cluster.harness import Cluster
@@ -146,9 +148,7 @@ def test_its_deadline_is_kept(serving: Cluster) -> None:
     assert is_idle(serving)
 
 
-def run(serving: Cluster, text: str) -> dict[str, object]:  # type: ignore[misc]
-    from textwrap import dedent
-
+def run(serving: Cluster, text: str) -> dict[str, Any]:
     found = program(SET_UP + dedent(text) + "\nprint(json.dumps(said))", serving.address, needs=TRITON)
-    said: dict[str, object] = json.loads(found)
+    said: dict[str, Any] = json.loads(found)
     return said

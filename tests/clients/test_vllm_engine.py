@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -111,10 +112,10 @@ class Gateway:
         self._process = process
         self._log = log
 
-    def complete(self, body: dict[str, object]) -> dict[str, object]:  # type: ignore[misc]
+    def complete(self, body: dict[str, object]) -> dict[str, Any]:
         data, headers = json.dumps(body).encode(), {"content-type": "application/json"}
         with urlopen(Request(f"{self._base}/v1/completions", data, headers), timeout=60) as response:
-            said: dict[str, object] = json.load(response)
+            said: dict[str, Any] = json.load(response)
         return said
 
     def wait_ready(self) -> None:
