@@ -4,7 +4,7 @@ simulated engine's tokens follow from the KV bytes it reads back, so a token tha
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,6 +21,7 @@ from tests.worker.scripted_router import Link, sampling, scripted_router
 from worker.config import Role, WorkerConfig
 from worker.process import ExitCode
 
+GREEDY_ANSWER = sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 MODEL = Path(__file__).parents[2] / "models" / "tandem-nano"
 
 
@@ -66,7 +67,7 @@ class Pair:
             token_ids=prompt,
             prompt_tokens=len(prompt),
             handle=handle,
-            sampling=sampling(max_tokens=12, temperature=0.0, ignore_eos=True),
+            sampling=GREEDY_ANSWER,
         )
         if handle:
             fetched = (await self.d.next()).fetched
@@ -267,71 +268,81 @@ async def test_a_hint_that_is_given_up_leaves_the_prefill_alone() -> None:
         await at.at_rest()
 
 
+@dataclass
+class CarelessRouter:
+    """Does what a router does, but loses or doubles hints, gives some up, and has clients that leave at any time."""
+
+    at: Pair
+    prompts: dict[str, list[int]]
+    random: Random
+    answers: dict[str, list[int]] = field(default_factory=dict)
+    ended: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
+    #: What was fetched ahead of them and confirmed may have been thrown away.
+    may_be_stale: set[str] = field(default_factory=set)
+
+    async def serve(self) -> None:
+        for leg, prompt in self.prompts.items():
+            self.at.p.prefill(f"{leg}/p", token_ids=prompt, hand_off=True, reader="d0", resample=True)
+        seen = {link: len(link.received) for link in (self.at.d, self.at.p)}
+        async with asyncio.timeout(60):
+            while len(self.ended | self.left) < len(self.prompts):
+                for link in seen:
+                    new, seen[link] = link.received[seen[link] :], len(link.received)
+                    for message in new:
+                        self.heard(message)
+                await asyncio.sleep(0.001)
+
+    def heard(self, message: pb.WorkerMessage) -> None:
+        if message.HasField("offered"):
+            self.offered(message.offered.leg_id.removesuffix("/p"), message.offered)
+        elif message.HasField("prefill_done"):
+            self.prefilled(message.prefill_done.leg_id.removesuffix("/p"), message.prefill_done.handle)
+        elif message.HasField("leg_failed"):
+            leg = message.leg_failed.leg_id.removesuffix("/d")
+            assert message.leg_failed.failure == pb.FAILURE_TRANSFER, message
+            assert leg in self.may_be_stale | self.left, message
+            self.left.add(leg)
+        for output in message.step.outputs:
+            leg = output.leg_id.removesuffix("/d")
+            self.answers.setdefault(leg, []).extend(output.token_ids)
+            if output.finish_reason and leg not in self.left:
+                self.ended.add(leg)
+
+    def offered(self, leg: str, hint: pb.Offered) -> None:
+        for _ in range(self.random.choice([0, 1, 1, 1, 2])):
+            self.at.d.send(fetch_ahead=pb.FetchAhead(leg_id=hint.leg_id, handle=hint.handle, timeout_s=30))
+        if self.random.random() < 0.2:
+            self.may_be_stale.add(leg)
+            self.at.d.cancel(hint.leg_id)
+        if self.random.random() < 0.3:
+            self.left.add(leg)
+            for link in self.random.sample([self.at.p, self.at.d], 2):
+                link.cancel(hint.leg_id)
+
+    def prefilled(self, leg: str, handle: bytes) -> None:
+        if leg in self.left:
+            self.at.p.send(release=pb.ReleaseLease(handle=handle))
+            return
+        prompt = self.prompts[leg]
+        self.at.d.decode(f"{leg}/d", token_ids=prompt, prompt_tokens=len(prompt), handle=handle, sampling=GREEDY_ANSWER)
+        if self.random.random() < 0.2:
+            self.left.add(leg)
+            for leg_id in (f"{leg}/d", f"{leg}/p"):
+                self.at.d.cancel(leg_id)
+            self.at.p.send(release=pb.ReleaseLease(handle=handle))
+
+
 async def test_hints_that_are_lost_doubled_or_given_up_anywhere_leave_nothing_and_no_wrong_token() -> None:
-    """Forty requests side by side, each by the rules of a router that loses some of what it says."""
     random = Random(5)
     async with pair(max_batched_tokens=128, step_time="h200-llama-3.1-8b", speedup=8.0, max_running=8) as at:
         prompts = {f"{n}/1": [random.randrange(3, 400) for _ in range(random.randint(100, 900))] for n in range(40)}
         alone = {leg: await at.decoded(f"alone-{leg}", prompt) for leg, prompt in prompts.items()}
-        given_up: set[str] = set()
-        for leg, prompt in prompts.items():
-            at.p.prefill(f"{leg}/p", token_ids=prompt, hand_off=True, reader="d0", resample=True)
-        answers: dict[str, list[int]] = {leg: [] for leg in prompts}
-        seen = {at.p: 0, at.d: 0}
-        ended: set[str] = set()
-        async with asyncio.timeout(30):
-            while len(ended | given_up) < len(prompts):
-                for link in (at.p, at.d):
-                    new, seen[link] = link.received[seen[link] :], len(link.received)
-                    for message in new:
-                        _act(at, message, prompts, answers, ended, given_up, random)
-                await asyncio.sleep(0.001)
+        router = CarelessRouter(at, prompts, random)
+        await router.serve()
         await at.at_rest()
-        assert {leg: answers[leg] for leg in ended} == {leg: alone[leg] for leg in ended}
-        assert len(ended) > 15
-
-
-def _act(
-    at: Pair,
-    message: pb.WorkerMessage,
-    prompts: dict[str, list[int]],
-    answers: dict[str, list[int]],
-    ended: set[str],
-    given_up: set[str],
-    random: Random,
-) -> None:
-    """What a router does, but for hints it loses or doubles and requests whose clients leave."""
-    if message.HasField("offered"):
-        leg, hint = message.offered.leg_id.removesuffix("/p"), message.offered
-        for _ in range(random.choice([0, 1, 1, 1, 2])):
-            at.d.send(fetch_ahead=pb.FetchAhead(leg_id=hint.leg_id, handle=hint.handle, timeout_s=30))
-        if random.random() < 0.2:
-            at.d.cancel(hint.leg_id)
-        if random.random() < 0.3:
-            given_up.add(leg)
-            for link in random.sample([at.p, at.d], 2):
-                link.cancel(hint.leg_id)
-    elif message.HasField("prefill_done") and message.prefill_done.leg_id.removesuffix("/p") in prompts:
-        leg, handle = message.prefill_done.leg_id.removesuffix("/p"), message.prefill_done.handle
-        if leg in given_up:
-            at.p.send(release=pb.ReleaseLease(handle=handle))
-            return
-        sampled = sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
-        order = {"token_ids": prompts[leg], "prompt_tokens": len(prompts[leg]), "handle": handle, "sampling": sampled}
-        at.d.decode(f"{leg}/d", **order)
-        if random.random() < 0.2:
-            given_up.add(leg)
-            at.d.cancel(f"{leg}/d")
-            at.d.cancel(f"{leg}/p")
-            at.p.send(release=pb.ReleaseLease(handle=handle))
-    else:
-        assert not message.HasField("leg_failed"), message
-        for output in message.step.outputs:
-            leg = output.leg_id.removesuffix("/d")
-            if leg in answers and leg not in given_up:
-                answers[leg] += output.token_ids
-                if output.finish_reason:
-                    ended.add(leg)
+        assert len(router.ended) > 15
+        assert {leg: router.answers[leg] for leg in router.ended} == {leg: alone[leg] for leg in router.ended}
 
 
 async def test_a_draining_prefill_worker_waits_for_the_reader_of_its_blocks() -> None:
