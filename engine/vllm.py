@@ -1,57 +1,31 @@
-"""vLLM behind the engine seam: `AsyncLLM` in the worker process, its EngineCore in a process of its own.
+"""vLLM behind the engine seam. It runs in a process of its own, `engine/vllm_process.py`, beside the worker's: a step's
+Python and the event loop's would take the interpreter from each other, and what ends vLLM ends that process alone.
 
-With VLLM_ENABLE_V1_MULTIPROCESSING=0 the model worker stays inside the EngineCore process, so there are two processes
-where vLLM's default has three, and scheduler, KV memory and Tandem's connector are in one of them
-(`kv_transfer/vllm_connector.py`). Legs go there as ordinary vLLM requests whose `kv_transfer_params` carry an order;
-everything that waits for a network goes over a private Unix socket (KvLocal) instead, and never into the scheduler.
-
-What vLLM leaves to its caller, and is done here:
-
-- *Cancelling.* vLLM aborts a request when its generator is closed, but not one cancelled while it was being sent; and
-  it ignores an abort for a prefill that has finished and is pinned. So every leg that ends without a result is
-  aborted by its name, and a prefill leg's lease is ended by an `EndOrder`. Both go through vLLM's one ordered queue:
-  whatever state the leg was in, the abort comes after it and the lease's end after the abort.
-- *Stopping.* vLLM knows one end-of-sequence token, and none without a tokenizer; so all of them are given as stop
-  tokens, with the same effect: the token is the last of the output, and `min_tokens` keeps it back.
-- *Token ids outside the vocabulary* would be an index error inside a step, which ends EngineCore for everyone: in a
-  prompt they are refused, as stop tokens, which can never be sampled, left out. `engine/vllm_cpu_worker.py` repairs
-  another request of death.
-- *Death.* EngineCore's exit is seen at once through its pidfd. vLLM fails the open requests; `wait_dead` tells the
-  worker. In the other direction the connector ends EngineCore when this process goes.
-
-The CPU's traps (measured; two engines on two cores ran at 0.4 tokens/s with the defaults): thread binding would put
-all engines of a machine on the same cores, so it is off, with one thread unless OMP_NUM_THREADS says otherwise. AMX
-needs a permission that vLLM does not ask for, see the connector, and the first large matmul initialises oneDNN: a
-warm-up prefill comes before `start` returns. The KV cache has the size it is told, not a share of the machine.
-Setting the seed of the engine also seeds this process' `random`: its state is put back.
+The two talk over a socket pair, one message per step with all legs' outputs (`engine/vllm_wire.py`). This side imports
+nothing of vLLM. It owns the legs: what the engine process is told to begin, it is told to abort unless it has said that
+it is done, and whoever ends first takes the other along: the engine process exits when its socket closes, and its exit
+is seen here at once through its pidfd.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import gc
 import hashlib
-import importlib
 import itertools
 import json
 import os
-import random
 import secrets
-import shutil
 import signal
+import socket
+import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from engine import vllm_wire as wire
 from engine.base import (
-    LOGIT_BIAS,
-    STRUCTURE,
     DecodeLeg,
     EngineInfo,
     EngineLoad,
@@ -59,7 +33,6 @@ from engine.base import (
     FailureKind,
     FinishReason,
     LegError,
-    ModelInfo,
     Offered,
     PeerLane,
     PrefillLeg,
@@ -67,32 +40,30 @@ from engine.base import (
     Sampling,
     Staged,
     StepOutput,
-    Structure,
-    StructureKind,
     TokenLogprobs,
 )
-from kv_transfer.api import FetchError, Outcome
-from kv_transfer.local import AsyncKvClient, EngineProcessLost
-from kv_transfer.vllm_params import (
-    ConnectorSettings,
-    DecodeOrder,
-    DropOrder,
-    EndOrder,
-    Order,
-    PrefillOrder,
-    RunDir,
-    order_params,
-    parse_report,
-)
+from kv_transfer.vllm_params import PrefillOrder
 
-#: EngineCore gets this long to leave in good order.
+ROOT = Path(__file__).resolve().parents[1]
+
+#: The engine process gets this long to leave in good order.
 _STOP_TIMEOUT_S = 5.0
+#: For calls that do not wait for a peer, and on top of a fetch's own deadline.
+_ANSWER_TIMEOUT_S = 5.0
+_MEET_TIMEOUT_S = 10.0
 #: Enough for oneDNN's larger matmuls, which must have run once before the first leg.
 _WARM_UP_TOKENS = 128
 #: Weights up to this size count in full for the model's revision, larger files by samples.
 _HASH_WHOLE_BYTES = 64 * 1024 * 1024
 _HASH_SAMPLES = 64
 _HASH_SAMPLE_BYTES = 64 * 1024
+
+#: By vLLM's name. Others ("abort", "error") are failures.
+_FINISH_REASONS = {"": None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+class EngineDidNotStart(Exception):
+    pass
 
 
 class VllmEngine:
@@ -103,177 +74,127 @@ class VllmEngine:
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
-        self._incarnation = secrets.token_hex(8)
         self._numbers = itertools.count()
-        #: vLLM's AsyncLLM, while it runs.
-        self._llm: Any = None
-        self._is_stopped = False
-        self._kv: AsyncKvClient | None = None
-        self._run_dir: RunDir | None = None
-        self._model: ModelInfo | None = None
-        #: Legs under way by vLLM's name for them, and whether they run; a decode leg does from its first output on.
-        self._legs: dict[str, bool] = {}
-        #: Staged ids that a decode leg has: vLLM's scheduler frees those.
-        self._taken: set[str] = set()
+        self._process: _EngineProcess | None = None
+        self._info: EngineInfo | None = None
+        #: What has come for each leg under way, by its name there. Bounded by the leg's tokens.
+        self._legs: dict[str, asyncio.Queue[wire.Output | wire.Offered | LegError]] = {}
+        #: Calls that wait for their answer.
+        self._calls: dict[int, asyncio.Future[wire.Answer]] = {}
         #: Why no leg can be served; empty while they can.
         self._dead_reason = "the engine has not started"
         self._died = asyncio.Event()
+        self._ready: asyncio.Future[EngineInfo] | None = None
 
     # ------------------------------------------------------------------------------------------------ start and stop
 
     async def start(self) -> EngineInfo:
-        self._run_dir = RunDir(tempfile.mkdtemp(prefix="tandem-engine-"))
         try:
-            self._run_dir.write_secret(self._options.cluster_secret)
             revision, eos_token_ids = await asyncio.to_thread(_read_model_dir, Path(self._options.model))
-            await _in_daemon_thread(lambda: self._launch(revision))
-            config = self._llm.vllm_config
-            self._model = ModelInfo(
-                name=self._options.served_model_name,
-                revision=revision,
-                max_model_len=config.model_config.max_model_len,
-                vocab_size=config.model_config.get_vocab_size(),
-                eos_token_ids=eos_token_ids,
-                features=(LOGIT_BIAS,) if config.model_config.skip_tokenizer_init else (LOGIT_BIAS, STRUCTURE),
+            ready = self._ready = asyncio.get_running_loop().create_future()
+            self._process = await _EngineProcess.start(self._options.device, self._handle, self._exited)
+            self._process.send(
+                wire.Launch(
+                    options=self._options,
+                    incarnation=secrets.token_hex(8),
+                    revision=revision,
+                    eos_token_ids=eos_token_ids,
+                    connector=self.connector,
+                )
             )
-            self._watch_core()
-            self._kv = AsyncKvClient(self._run_dir.socket)
-            await self._warm_up()
+            self._info = await ready
+            self._dead_reason = ""
+            await self._warm_up(self._info.model.max_model_len)
         except BaseException:
             await self.stop()
             raise
-        endpoint = self._run_dir.read_endpoint()
-        return EngineInfo(
-            kind="vllm",
-            version=importlib.import_module("vllm.version").__version__,
-            model=self._model,
-            block_tokens=config.cache_config.block_size,
-            kv_blocks=config.cache_config.num_gpu_blocks - 1,  # one is a placeholder of vLLM's
-            max_running=config.scheduler_config.max_num_seqs,
-            kv_address=endpoint.address,
-            kv_incarnation=self._incarnation,
-            kv_layout=endpoint.layout,
-        )
+        return self._info
 
-    def _launch(self, revision: str) -> None:
-        """Loads vLLM and starts EngineCore. Blocks for as long as that takes."""
-        _set_environment(self._options.device)
-        random_state = random.getstate()
-        try:
-            from vllm.v1.engine.async_llm import AsyncLLM
-
-            # Held by no frame's local variable: vLLM keeps frames alive, and what is not collected in `stop` is
-            # collected while the interpreter leaves, which AsyncLLM does not survive without a traceback.
-            self._llm = AsyncLLM.from_engine_args(self._engine_args(revision))
-        finally:
-            random.setstate(random_state)
-        if self._is_stopped:
-            self._llm.shutdown()
-            self._llm = None
-
-    def _engine_args(self, revision: str) -> Any:
-        from vllm import AsyncEngineArgs
-        from vllm.config import KVTransferConfig, StructuredOutputsConfig
-        from vllm.platforms import current_platform
-
-        options, run_dir = self._options, self._run_dir
-        assert run_dir is not None
-        if options.device not in ("auto", current_platform.device_type):
-            raise ValueError(f"device {options.device!r}: this vLLM runs on {current_platform.device_type!r}")
-        settings = ConnectorSettings(
-            name=options.name,
-            incarnation=self._incarnation,
-            model=options.served_model_name,
-            revision=revision,
-            host=options.kv_host,
-            transports=options.transports,
-            staging_bytes=options.staging_bytes,
-            kv_verify=options.kv_verify,
-            run_dir=str(run_dir.path),
-            tls=options.tls,
-        )
-        module, name = self.connector
-        return AsyncEngineArgs(
-            model=options.model,
-            served_model_name=options.served_model_name,
-            # vLLM's grammars are over the model's vocabulary, which it takes from the tokenizer.
-            skip_tokenizer_init=not (Path(options.model) / "tokenizer.json").is_file(),
-            generation_config="vllm",
-            dtype=options.dtype,
-            seed=options.seed,
-            max_model_len=options.max_model_len,
-            kv_cache_memory_bytes=options.kv_cache_bytes,
-            block_size=options.block_tokens,
-            enable_prefix_caching=options.prefix_caching,
-            max_num_seqs=options.max_running,
-            max_num_batched_tokens=max(options.max_batched_tokens, options.max_running),
-            # Compiling takes minutes on a CPU and gains little there.
-            enforce_eager=current_platform.is_cpu(),
-            worker_cls="engine.vllm_cpu_worker.SeedKeepingCpuWorker" if current_platform.is_cpu() else "auto",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            # vLLM keeps the backend that the first request with a form needed: better that none be its choice. Without
-            # the second, a model may fill what is left of an answer with spaces.
-            structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
-            kv_transfer_config=KVTransferConfig(
-                kv_connector=name,
-                kv_connector_module_path=module,
-                kv_role="kv_both",
-                kv_connector_extra_config=settings.extra_config(),
-            ),
-        )
-
-    def _watch_core(self) -> None:
-        process = self._llm.engine_core.resources.engine_manager.processes[0]
-        loop, pidfd = asyncio.get_running_loop(), os.pidfd_open(process.pid)
-        self._dead_reason = ""
-
-        def exited() -> None:
-            loop.remove_reader(pidfd)
-            self._die(f"vLLM's EngineCore (pid {process.pid}) {_exit_words(process, pidfd)}")
-            os.close(pidfd)
-
-        loop.add_reader(pidfd, exited)
-
-    async def _warm_up(self) -> None:
-        assert self._model is not None
-        tokens = min(_WARM_UP_TOKENS, self._model.max_model_len - 2)
+    async def _warm_up(self, max_model_len: int) -> None:
+        tokens = min(_WARM_UP_TOKENS, max_model_len - 2)
         sampling = Sampling(max_tokens=2, temperature=0.0, ignore_eos=True)
         leg = DecodeLeg(leg_id="warm-up", tenant="", token_ids=(0,) * tokens, prompt_tokens=tokens, sampling=sampling)
         async for _ in self.decode(leg):
             pass
-        await self._llm.reset_prefix_cache()
+        self._send(wire.ForgetPrefixes())
 
     def _die(self, reason: str) -> None:
-        if not self._dead_reason:
-            self._dead_reason = reason
-            self._died.set()
+        if self._died.is_set():
+            return
+        self._dead_reason = reason
+        self._died.set()
+        error = LegError(FailureKind.ENGINE, reason)
+        for leg in self._legs.values():
+            leg.put_nowait(error)
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(error)
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(EngineDidNotStart(reason))
+            self._ready.exception()  # nobody waits for it if the start was given up
 
     async def wait_dead(self) -> str:
         await self._died.wait()
         return self._dead_reason
 
     async def stop(self) -> None:
-        self._is_stopped = True
-        llm, self._llm = self._llm, None
-        if llm is not None and not self._dead_reason:
-            await llm.abort(list(self._legs))
-            # EngineCore does not leave while blocks are pinned.
-            await _send_order(llm, EndOrder(transfer_id=None))
         self._die("the engine was stopped")
-        if self._kv is not None:
-            await self._kv.close()
-        if llm is not None:
-            if llm.output_handler is not None:
-                llm.output_handler.cancel()  # or it takes the stop for a death, and logs it
-            await asyncio.to_thread(llm.shutdown, _STOP_TIMEOUT_S)
-            sockets = llm.engine_core.resources.ctx
-            del llm
-            await asyncio.to_thread(gc.collect)
-            # vLLM has closed its sockets by now, but not what they were made from. This waits for those it forgot.
-            await asyncio.wait([_in_daemon_thread(sockets.term)], timeout=1.0)
-        if self._run_dir is not None:
-            shutil.rmtree(self._run_dir.path, ignore_errors=True)
+        process, self._process = self._process, None
+        if process is not None:
+            await process.stop(at_once=self._info is None)
+
+    def _exited(self, how: str) -> None:
+        self._die(f"vLLM's process {how}")
+
+    def _running(self) -> EngineInfo:
+        if self._dead_reason or self._info is None:
+            raise LegError(FailureKind.ENGINE, self._dead_reason)
+        return self._info
+
+    # --------------------------------------------------------------------------------------------- the engine process
+
+    def _send(self, message: wire.ToEngine) -> None:
+        if self._process is not None and not self._dead_reason:
+            self._process.send(message)
+
+    def _handle(self, message: wire.FromEngine) -> None:
+        match message:
+            case wire.Output(name) | wire.Offered(name):
+                if leg := self._legs.get(name):  # or it was given up while this was on its way
+                    leg.put_nowait(message)
+            case wire.Ready(info):
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(info)
+            case wire.Refused("", _, detail):
+                self._die(detail)
+            case wire.Refused(name, kind, detail):
+                if leg := self._legs.get(name):
+                    leg.put_nowait(LegError(kind, detail))
+            case _:
+                self._answered(message)
+
+    def _answered(self, answer: wire.Answer) -> None:
+        call = self._calls.get(answer.call)
+        if call is not None and not call.done():
+            call.set_result(answer)
+        elif isinstance(answer, wire.Fetched):  # the cancel crossed it
+            self._send(wire.Discard(answer.staged.staged_id))
+
+    async def _call(self, call: int, message: wire.ToEngine, timeout_s: float) -> wire.Answer:
+        """Raises LegError."""
+        self._running()
+        answer = self._calls[call] = asyncio.get_running_loop().create_future()
+        self._send(message)
+        try:
+            async with asyncio.timeout(timeout_s):
+                answered = await answer
+        except TimeoutError as error:
+            raise LegError(FailureKind.ENGINE, f"the engine process did not answer for {timeout_s:g} s") from error
+        finally:
+            del self._calls[call]
+        if isinstance(answered, wire.Failed):
+            raise LegError(answered.kind, answered.detail)
+        return answered
 
     # ----------------------------------------------------------------------------------------------------------- legs
 
@@ -287,331 +208,229 @@ class VllmEngine:
             tenant=leg.tenant,
             reader=leg.reader,
             ttl_s=leg.lease_ttl_s,
+            overlap=hand_off and offered is not None,
             even_if_stopped=leg.resample,
         )
         sampling = replace(leg.sampling, max_tokens=1, min_tokens=min(1, leg.sampling.min_tokens))
         if leg.resample:
             sampling = replace(sampling, structure=None)  # nobody reads this token: spare compiling a grammar
-        llm = self._llm
+        add = wire.Add(name, leg.token_ids, leg.cache_salt, sampling, prefill=order)
         try:
-            async with contextlib.aclosing(self._run(name, leg.token_ids, leg.cache_salt, sampling, order)) as outputs:
-                (output,) = [output async for output in outputs]
-            return self._prefill_result(leg, output, hand_off)
+            async with contextlib.aclosing(self._run(add)) as outputs:
+                async for output in outputs:
+                    if isinstance(output, wire.Output):
+                        return self._prefill_result(leg, output)
+                    if offered is not None:
+                        offered(output.handle)
         except BaseException:
             if hand_off:
-                await _send_order(llm, EndOrder(transfer_id=name))
+                self._send(wire.Abort(name))  # also when it is done: for the lease
             raise
+        raise AssertionError("a leg without a last output")
 
-    def _prefill_result(self, leg: PrefillLeg, output: Any, hand_off: bool) -> PrefillResult:
-        assert self._model is not None
-        completion, report = output.outputs[0], parse_report(output.kv_transfer_params)
+    def _prefill_result(self, leg: PrefillLeg, output: wire.Output) -> PrefillResult:
+        report, max_model_len = output.report, self._running().model.max_model_len
         assert report is not None, "the connector reports on every prefill that was not aborted"
         finish_reason = None
-        if completion.finish_reason == "stop":
+        if _FINISH_REASONS[output.finish_reason] is FinishReason.STOP:
             finish_reason = FinishReason.STOP
-        elif leg.sampling.max_tokens == 1 or len(leg.token_ids) + 1 >= self._model.max_model_len:
+        elif leg.sampling.max_tokens == 1 or len(leg.token_ids) + 1 >= max_model_len:
             finish_reason = FinishReason.LENGTH
-        if hand_off and report.handle is None and (leg.resample or finish_reason is None):
+        if report.refusal and (leg.resample or finish_reason is None):
             raise LegError(FailureKind.REJECTED, f"the blocks can't be handed over: {report.refusal}")
-        (token_id,) = completion.token_ids
+        (token_id,) = output.token_ids
         return PrefillResult(
             token_id=token_id,
-            logprobs=next(iter(_logprobs(completion)), None),
+            logprobs=next(iter(_logprobs(output, leg.sampling)), None),
             finish_reason=finish_reason,
             handle=report.handle,
-            cached_tokens=output.num_cached_tokens or 0,
+            cached_tokens=output.cached_tokens,
             queue_s=report.queue_s,
             prefill_s=report.prefill_s,
         )
 
     async def decode(self, leg: DecodeLeg) -> AsyncGenerator[StepOutput, None]:
-        if leg.staged is None:
-            async with contextlib.aclosing(self._decode(leg, None)) as steps:
-                async for step in steps:
-                    yield step
-            return
-        staged_id, llm, admitted = leg.staged.staged_id, self._llm, False
-        order = DecodeOrder(staged_id=staged_id, tokens=leg.staged.tokens)
-        self._taken.add(staged_id)
-        try:
-            async with contextlib.aclosing(self._decode(leg, order)) as steps:
-                async for step in steps:
-                    admitted = True
-                    yield step
-        finally:
-            self._taken.discard(staged_id)
-            if not admitted:
-                await _send_order(llm, DropOrder(staged_id=staged_id))
-
-    async def _decode(self, leg: DecodeLeg, order: DecodeOrder | None) -> AsyncGenerator[StepOutput, None]:
-        cached_tokens_known = False
-        name = self._name(leg.leg_id)
-        async with contextlib.aclosing(self._run(name, leg.token_ids, leg.cache_salt, leg.sampling, order)) as outputs:
+        add = wire.Add(self._name(leg.leg_id), leg.token_ids, leg.cache_salt, leg.sampling, staged=leg.staged)
+        cached_tokens_known = leg.staged is not None  # vLLM counts what was staged as cached
+        async with contextlib.aclosing(self._run(add)) as outputs:
             async for output in outputs:
-                completion = output.outputs[0]
+                assert isinstance(output, wire.Output)
                 yield StepOutput(
                     leg_id=leg.leg_id,
-                    token_ids=tuple(completion.token_ids),
-                    finish_reason=_FINISH_REASONS[completion.finish_reason],
-                    logprobs=_logprobs(completion),
-                    # vLLM counts what was staged as cached.
-                    cached_tokens=0 if order or cached_tokens_known else output.num_cached_tokens or 0,
+                    token_ids=output.token_ids,
+                    finish_reason=_FINISH_REASONS[output.finish_reason],
+                    logprobs=_logprobs(output, leg.sampling),
+                    cached_tokens=0 if cached_tokens_known else output.cached_tokens,
                 )
                 cached_tokens_known = True
 
-    async def _run(
-        self, name: str, token_ids: tuple[int, ...], cache_salt: str, sampling: Sampling, order: Order | None
-    ) -> AsyncGenerator[Any, None]:
-        """vLLM's outputs for one request, the last of them finished. Raises LegError. However it is left, the request
-        has ended in vLLM, or has been told to, when this is closed."""
-        llm = self._llm
-        if self._dead_reason:
-            raise LegError(FailureKind.ENGINE, self._dead_reason)
-        self._check_tokens(token_ids)
-        from vllm.exceptions import VLLMClientError
-        from vllm.inputs.engine import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
+    async def _run(self, add: wire.Add) -> AsyncGenerator[wire.Output | wire.Offered, None]:
+        """What comes for one leg, until it is finished. Raises LegError. However it is left, the leg has ended in the
+        engine, or has been told to, when this is closed."""
+        self._running()
         finished = False
-        self._legs[name] = isinstance(order, PrefillOrder)
+        came = self._legs[add.name] = asyncio.Queue()
+        self._send(add)
         try:
-            prompt = tokens_input(list(token_ids), cache_salt=cache_salt or None)
-            outputs = llm.generate(prompt, self._sampling_params(sampling, order), name)
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    finished = output.finished
-                    self._legs[name] = True
-                    if (reason := output.outputs[0].finish_reason) not in _FINISH_REASONS:
-                        raise LegError(FailureKind.ENGINE, self._dead_reason or f"vLLM ended the leg: {reason}")
-                    yield output
-        except EngineDeadError as error:
-            raise LegError(FailureKind.ENGINE, self._dead_reason or "vLLM's EngineCore is dead") from error
-        except EngineGenerateError as error:
-            raise LegError(FailureKind.ENGINE, f"vLLM: {error.__cause__ or error}") from error
-        except (VLLMClientError, ValueError) as error:
-            raise LegError(FailureKind.INVALID, str(error)) from error
+            while not finished:
+                message = await came.get()
+                if isinstance(message, LegError):
+                    raise message
+                if isinstance(message, wire.Output) and message.finish_reason:
+                    finished = True
+                    if message.finish_reason not in _FINISH_REASONS:
+                        raise LegError(FailureKind.ENGINE, f"vLLM ended the leg: {message.finish_reason}")
+                yield message
         finally:
-            del self._legs[name]
-            if not finished and not self._dead_reason:
-                await llm.abort(name)
+            del self._legs[add.name]
+            if not finished:
+                self._send(wire.Abort(add.name))
 
     def _name(self, leg_id: str) -> str:
-        """vLLM's name for a leg, and its transfer's: unlike a leg's id, it surely never comes twice."""
+        """The engine process's name for a leg, and its transfer's: unlike a leg's id, it surely never comes twice."""
         return f"{leg_id}#{next(self._numbers)}"
-
-    def _check_tokens(self, token_ids: tuple[int, ...]) -> None:
-        assert self._model is not None
-        if not token_ids:
-            raise LegError(FailureKind.INVALID, "the prompt is empty")
-        if len(token_ids) >= self._model.max_model_len:
-            limit = self._model.max_model_len
-            raise LegError(FailureKind.INVALID, f"{len(token_ids)} tokens leave no room in a context of {limit}")
-        if min(token_ids) < 0 or max(token_ids) >= self._model.vocab_size:
-            raise LegError(FailureKind.INVALID, f"a token id is not in 0..{self._model.vocab_size - 1}")
-
-    def _sampling_params(self, sampling: Sampling, order: Order | None) -> Any:
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-        assert self._model is not None
-        ends = () if sampling.ignore_eos else self._model.eos_token_ids
-        stops = [token for token in (*sampling.stop_token_ids, *ends) if 0 <= token < self._model.vocab_size]
-        return SamplingParams(
-            max_tokens=sampling.max_tokens,
-            min_tokens=sampling.min_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=sampling.seed,
-            stop_token_ids=stops,
-            ignore_eos=sampling.ignore_eos,
-            logprobs=sampling.logprobs,
-            logit_bias=dict(sampling.logit_bias) or None,
-            structured_outputs=_structured(sampling.structure),
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-            extra_args={"kv_transfer_params": order_params(order)} if order else None,
-        )
 
     # ------------------------------------------------------------------------------------------------------------- KV
 
     async def fetch(self, handle: bytes, timeout_s: float, *, ahead: bool = False) -> Staged:
-        with self._kv_failures():
-            fetched = await self._client.fetch(handle, timeout_s, ahead=ahead)
-        return Staged(
-            staged_id=fetched.staged_id,
-            tokens=fetched.tokens,
-            transport=fetched.transport,
-            transfer_bytes=fetched.nbytes,
-            fetch_s=fetched.fetch_s,
-        )
+        call = next(self._numbers)
+        try:
+            answer = await self._call(call, wire.Fetch(call, handle, timeout_s, ahead), timeout_s + _ANSWER_TIMEOUT_S)
+        except BaseException:
+            self._send(wire.Cancel(call))
+            raise
+        assert isinstance(answer, wire.Fetched)
+        return answer.staged
 
     async def discard(self, staged: Staged) -> None:
-        if staged.staged_id not in self._taken:
-            with self._kv_failures():
-                await self._client.discard(staged.staged_id)
+        self._send(wire.Discard(staged.staged_id))
 
     async def release(self, handle: bytes) -> None:
-        with self._kv_failures():
-            await self._client.release(handle)
+        self._running()
+        self._send(wire.Release(handle))
 
     async def connect(self, peer: str, address: str) -> PeerLane:
-        with self._kv_failures():
-            lane = await self._client.connect(peer, address)
-        return PeerLane(peer=peer, transport=lane.transport, gigabytes_per_s=lane.gigabytes_per_s, refusal=lane.refusal)
+        call = next(self._numbers)
+        answer = await self._call(call, wire.Connect(call, peer, address), _MEET_TIMEOUT_S)
+        assert isinstance(answer, wire.Met)
+        return answer.lane
 
     async def load(self) -> EngineLoad:
-        with self._kv_failures():
-            stats = await self._client.stats()
-        running = sum(self._legs.values())
-        return EngineLoad(
-            running=running,
-            waiting=len(self._legs) - running,
-            kv_blocks_free=stats.kv_blocks_free,
-            kv_blocks_total=stats.kv_blocks_total,
-            leases_held=stats.leases_held,
-            leased_blocks=stats.leased_blocks,
-            staged_pages=stats.staged_pages,
-            transfer_bytes_total=stats.transfer_bytes_total,
-            transfer_failures_total=stats.transfer_failures_total,
-            leases_expired_total=stats.leases_expired_total,
-            transfers_corrupt_total=stats.transfers_corrupt_total,
-        )
+        call = next(self._numbers)
+        answer = await self._call(call, wire.Load(call), _ANSWER_TIMEOUT_S)
+        assert isinstance(answer, wire.Loaded)
+        # Legs that are on their way there, and not counted yet, wait, too.
+        return replace(answer.load, waiting=max(0, len(self._legs) - answer.load.running))
+
+
+def _logprobs(output: wire.Output, sampling: Sampling) -> tuple[TokenLogprobs, ...]:
+    """Those asked for, the sampled token's own among them in its place."""
+    if sampling.logprobs is None:
+        return ()
+    return tuple(_with_own(entry, sampling.logprobs) for entry in output.logprobs)
+
+
+def _with_own(entry: TokenLogprobs, wanted: int) -> TokenLogprobs:
+    top = entry.top[:wanted]
+    if all(token != entry.token_id for token, _ in top):
+        top += ((entry.token_id, entry.logprob),)
+    return TokenLogprobs(entry.token_id, entry.logprob, top)
+
+
+class _EngineProcess(asyncio.Protocol):
+    """The engine process, and this process's end of the socket to it."""
+
+    def __init__(self, child: subprocess.Popen[bytes], handle: Callable[[wire.FromEngine], None]) -> None:
+        self._child = child
+        self._handle = handle
+        self._frames = wire.from_engine()
+        self._transport: asyncio.Transport | None = None
+        self._gone = asyncio.Event()
+
+    @classmethod
+    async def start(
+        cls, device: str, handle: Callable[[wire.FromEngine], None], exited: Callable[[str], None]
+    ) -> _EngineProcess:
+        """`exited` is told, once, how the process ended."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            child = _spawn(theirs, device)
+        process = cls(child, handle)
+        loop, pidfd = asyncio.get_running_loop(), os.pidfd_open(child.pid)
+
+        def ended() -> None:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            process._gone.set()
+            exited(_exit_words(child.wait()))
+
+        loop.add_reader(pidfd, ended)
+        await loop.create_connection(lambda: process, sock=ours)
+        return process
 
     @property
-    def _client(self) -> AsyncKvClient:
-        if self._kv is None or self._dead_reason:
-            raise LegError(FailureKind.ENGINE, self._dead_reason)
-        return self._kv
+    def pid(self) -> int:
+        return self._child.pid
 
-    @contextlib.contextmanager
-    def _kv_failures(self) -> Iterator[None]:
+    def send(self, message: wire.ToEngine) -> None:
+        assert self._transport is not None
+        self._transport.write(wire.frame((message,)))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._frames.feed(data):
+            self._handle(message)
+
+    async def stop(self, at_once: bool) -> None:
+        if at_once:
+            self._child.kill()
+        elif not self._gone.is_set():
+            self.send(wire.Stop())
         try:
-            yield
-        except (FetchError, EngineProcessLost) as error:
-            if self._dead_reason or isinstance(error, EngineProcessLost):
-                raise LegError(FailureKind.ENGINE, self._dead_reason or str(error)) from error
-            raise LegError(_FETCH_FAILURES[error.outcome], error.detail) from error
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self._gone.wait()
+        except TimeoutError:
+            self._child.kill()
+            await self._gone.wait()
+        if self._transport is not None:
+            self._transport.close()
 
 
-#: By vLLM's name; None while a request goes on. Others ("abort", "error") are failures.
-_FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}
-
-_FETCH_FAILURES = {
-    Outcome.STALE: FailureKind.TRANSFER,
-    Outcome.FAILED: FailureKind.TRANSFER,
-    Outcome.REFUSED: FailureKind.INVALID,
-    Outcome.FULL: FailureKind.REJECTED,
-    Outcome.CORRUPT: FailureKind.TRANSFER,
-}
+def _spawn(end: socket.socket, device: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-P", "-m", "engine.vllm_process", str(end.fileno())]
+    return subprocess.Popen(command, pass_fds=(end.fileno(),), stdin=subprocess.DEVNULL, env=_environment(device))
 
 
-async def _send_order(llm: Any, order: EndOrder | DropOrder) -> None:
-    """Sends an order that belongs to no leg, behind everything sent before. Lost if EngineCore is dead, and not needed.
-
-    vLLM's means for that is a request that is aborted on arrival.
-    """
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    with contextlib.suppress(EngineDeadError):
-        await llm.notify_kv_transfer_request_rejected(f"order-{secrets.token_hex(8)}", order_params(order))
+def _exit_words(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with {code}; the log says why"
 
 
-def _structured(structure: Structure | None) -> Any:
-    from vllm.sampling_params import StructuredOutputsParams
-
-    match structure:
-        case None:
-            return None
-        case Structure(StructureKind.JSON_OBJECT):
-            return StructuredOutputsParams(json_object=True)
-        case Structure(StructureKind.JSON_SCHEMA, text):
-            return StructuredOutputsParams(json=text)
-        case Structure(StructureKind.REGEX, text):
-            return StructuredOutputsParams(regex=text)
-        case Structure(StructureKind.GRAMMAR, text):
-            return StructuredOutputsParams(grammar=text)
-
-
-def _exit_words(process: Any, pidfd: int) -> str:
-    """How a child of this process ended. It is left for vLLM, which waits for it too, to collect."""
-    try:
-        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # vLLM was faster
-        ended = None
-    if ended is not None:
-        code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-    else:
-        code = process.exitcode
-    if code is None:
-        return "is gone"
-    if code >= 0:
-        return f"exited with {code}; its log says why"
-    return f"was killed by {signal.Signals(-code).name}"
-
-
-def _logprobs(completion: Any) -> tuple[TokenLogprobs, ...]:
-    return tuple(
-        TokenLogprobs(
-            token_id,
-            by_token[token_id].logprob,
-            tuple((other, entry.logprob) for other, entry in sorted(by_token.items(), key=lambda item: item[1].rank)),
-        )
-        for token_id, by_token in zip(completion.token_ids, completion.logprobs or (), strict=False)
-    )
-
-
-def _in_daemon_thread(work: Callable[[], None]) -> asyncio.Future[None]:
-    """The end of blocking work, in a thread that does not keep the process from leaving before it is done."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def settle(error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
-
-    def run() -> None:
-        failure: BaseException | None = None
-        try:
-            work()
-        except BaseException as error:
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile: nobody waits
-            loop.call_soon_threadsafe(settle, failure)
-
-    threading.Thread(target=run, name="vllm-start", daemon=True).start()
-    return done
-
-
-def _set_environment(device: str) -> None:
-    """What vLLM and the libraries below it read from the environment, here and, inherited, in EngineCore. What somebody
-    has set stays, but for what the engine's shape depends on."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def _environment(device: str) -> dict[str, str]:
+    """What vLLM and the libraries below it read. What somebody has set stays, but for what the engine's shape depends
+    on."""
+    told = dict(os.environ)
+    told["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), told.get("PYTHONPATH", "")]))
+    told["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model worker is in the process of the scheduler
+    told["VLLM_NO_USAGE_STATS"] = "1"
+    told["HF_HUB_OFFLINE"] = "1"
+    told.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    told.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    told.setdefault("TOKENIZERS_PARALLELISM", "false")
     if device != "cuda":
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the KV cache's size
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        told.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the KV cache's size
+        told.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        told.setdefault("OMP_NUM_THREADS", "1")
         # The first request for log probabilities would wait, and all others with it, for a small function to compile.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        told.setdefault("TORCHDYNAMO_DISABLE", "1")
     libraries = Path(sys.prefix, "lib", "tandem-native")
     if libraries.is_dir():
-        for library in sorted(libraries.glob("*.so*")):
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        path = [str(libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-        os.environ["LD_LIBRARY_PATH"] = ":".join(path)
+        told["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(libraries), told.get("LD_LIBRARY_PATH", "")]))
+    return told
 
 
 def _read_model_dir(path: Path) -> tuple[str, tuple[int, ...]]:

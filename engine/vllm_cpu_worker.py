@@ -2,7 +2,7 @@
 
 A step that computes only a part of a prompt samples all the same, and vLLM then takes the draw back by setting the
 offset of the request's generator. A CPU generator has no offset: a seeded request whose prompt is longer than a step
-ends EngineCore ("CPU Generator does not use offset", 0.32.0). Here such a row's generator is out of sight while the
+ends the engine ("CPU Generator does not use offset", 0.32.0). Here such a row's generator is out of sight while the
 step samples. The row draws from the common generator, its token is thrown away as before, and its own draws are
 untouched.
 """

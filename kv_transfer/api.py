@@ -14,7 +14,7 @@ MiB = 1 << 20
 
 
 class Outcome(Enum):
-    """How a fetch ended. Numbers are those of `FetchResponse.Outcome` in protos/kv.proto."""
+    """How a fetch ended."""
 
     STAGED = 1
     #: The lease did not hold until the bytes were in; they were thrown away. The prefill must be done again.

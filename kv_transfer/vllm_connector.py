@@ -1,21 +1,24 @@
-"""The vLLM connector: KvNode inside vLLM's EngineCore, and the two moments at which vLLM has to know of it.
+"""The vLLM connector: KvNode beside vLLM's scheduler, and the two moments at which vLLM has to know of it.
 
 vLLM loads this module by name (`kv_connector_module_path`), out of its tree, and makes two objects of
-`TandemConnector`: one for the scheduler, one for the model worker. `engine/vllm.py` keeps the model worker inside the
-EngineCore process, so both objects, the scheduler's block pool and the KV memory are in one process. `_Core` is what
-they share.
+`TandemConnector`: one for the scheduler, one for the model worker. `engine/vllm_process.py` keeps all of vLLM in one
+process, so both objects, the scheduler's block pool and the KV memory are there. `_Core` is what they share.
 
-    worker process                          EngineCore process
-    VllmEngine -- fetch, release, connect --> KvLocal (Unix socket) --> KvNode <-- peers (KvPeer, one-sided reads)
-        |                                                                  ^ |
-        '---- AsyncLLM: requests with orders --> vLLM scheduler -- offer --' '-- pages -> KV blocks (start_load_kv)
+    vllm_process -- fetch, release, connect ---------------> KvNode <-- peers (KvPeer, one-sided reads)
+        |                                                     ^ |
+        '---- requests, their orders --> vLLM's scheduler ----' '-- pages -> KV blocks (start_load_kv)
+                                                  offer, publish
 
 **The owner's moment** is the end of a prefill leg. `request_finished_all_groups` puts the prompt's blocks under a
 lease and returns True, which makes vLLM keep them. When the lease has ended, by release, expiry or cancel,
 `take_ended` says so once, and the next step reports the request as sent, once, whereupon vLLM frees the blocks. vLLM
-asserts, and so dies, on a report too many; a pin is therefore a dictionary entry that the report removes. While a pin
-exists vLLM keeps stepping (about once in a millisecond), so that the end of a lease is seen without a request to wake
-it up.
+asserts, and so dies, on a report too many; a pin is therefore a dictionary entry that the report removes. An engine
+with nothing to compute is woken for it (`on_lease_ended`).
+
+**Before that**, a prompt of several chunks is readable while it is computed: after each step that computed a part of it
+the blocks that are whole are published (`publish_computed`), and the stream becomes the lease when the prompt is done.
+vLLM may take the blocks back meanwhile, by preempting the request or by an abort: the stream is withdrawn in the same
+`schedule`, before the step that could write into them.
 
 **The reader's moment** is the step that admits a decode leg. Its blocks have been fetched and confirmed before vLLM
 heard of the request, so the connector answers `get_num_new_matched_tokens` with a *synchronous* load, which vLLM runs
@@ -24,35 +27,23 @@ other way, asynchronous loads with a waiting state of their own, is where its kn
 while waiting holds blocks until a report that may never come; a failed report kills the core). Nothing here uses it.
 
 What the scheduler half must get right:
-- Pages belong to the request from `on_new_request` on and are freed on exactly one of two ways: by the copy, or by
-  `request_finished`, which vLLM calls once for every request, also for one aborted before it was scheduled. Nobody
-  else discards them meanwhile: VllmEngine gives up a decode leg's pages by a `DropOrder`, through vLLM's own queue,
-  so that this thread alone decides and never copies pages that another fetch is filling.
+- Pages are claimed for a request before vLLM is given it, and given back on exactly one of two ways: after the copy, or
+  by `request_finished`, which vLLM calls once for every request, also for one aborted before it was scheduled.
 - `get_num_new_matched_tokens` may be asked many times and must change nothing. After the load it answers 0, so that a
   preempted request computes its prompt again.
 - vLLM wants at least one token to compute: of a prompt that is all there, the last token is left out.
-- A staged id that is unknown (discarded, or of an earlier life) is no error: the prompt is computed here.
 - Only whole blocks are copied. How a block's bytes are packed is the attention kernel's business (on the CPU it
   depends on the instruction set, hence `isa` in the fingerprint); equal fingerprints make the bytes mean the same.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import multiprocessing
-import multiprocessing.util
-import os
-import shutil
-import signal
-import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -67,8 +58,7 @@ from vllm.version import __version__ as VLLM_VERSION
 
 from kv_transfer.api import NodeLimits, OfferRefused
 from kv_transfer.layout import KvLayout
-from kv_transfer.local import KvLocalServer
-from kv_transfer.node import KvNode, UnknownStaged
+from kv_transfer.node import KvNode
 from kv_transfer.registry import make_transports
 from kv_transfer.segments import ArenaMap
 from kv_transfer.transport import ARENA, STAGING, Region
@@ -76,15 +66,11 @@ from kv_transfer.vllm_params import (
     KEY,
     ConnectorSettings,
     DecodeOrder,
-    DropOrder,
-    EndOrder,
-    Endpoint,
     Order,
     PrefillOrder,
     PrefillReport,
-    RunDir,
-    parse_order,
     report_params,
+    settings_of,
 )
 from trust.tls import Tls
 
@@ -94,6 +80,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -104,11 +91,12 @@ log = logging.getLogger(__name__)
 
 
 class _Core:
-    """The EngineCore process's KV memory: its node, its staging pages, and the copy from those into KV blocks."""
+    """The engine's KV memory: its node, its staging pages, and the copy from those into KV blocks."""
 
-    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, Any]) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, Any], lease_rows: int
+    ) -> None:
         settings = _settings(vllm_config)
-        run_dir = RunDir(settings.run_dir)
         memory = _KvMemory.find(kv_cache_config, kv_caches)
         layout = _layout(vllm_config, settings, memory)
         self.block_tokens = memory.block_tokens
@@ -121,21 +109,22 @@ class _Core:
             incarnation=settings.incarnation,
             layout=layout,
             model=settings.model,
-            secret=run_dir.take_secret(),
+            secret=settings.secret,
             transports=make_transports(settings.transports, host=settings.host, tls=tls),
             host=settings.host,
             tls=tls,
             verify=settings.kv_verify,
-            limits=NodeLimits(blocks_per_row=-(-vllm_config.model_config.max_model_len // memory.block_tokens)),
+            limits=NodeLimits(
+                rows=lease_rows, blocks_per_row=-(-vllm_config.model_config.max_model_len // memory.block_tokens)
+            ),
         )
         self.node.open(
             arena=memory.region(ARENA, memory.base, memory.nbytes),
             arena_map=memory.arena_map,
             staging=memory.region(STAGING, self._staging.data_ptr(), staging_pages * layout.block_bytes),
             staging_pages=staging_pages,
+            on_ended=settings.on_lease_ended,
         )
-        self.local = KvLocalServer(self.node, run_dir.socket, self.block_counts)
-        run_dir.write_endpoint(Endpoint(address=self.node.address, layout=layout.as_dict()))
 
     def block_counts(self) -> tuple[int, int]:
         """Free and all KV blocks; one block of vLLM's pool is a placeholder and never used."""
@@ -153,10 +142,6 @@ class _Core:
             # The pages go to the next fetch as soon as this returns, and that does not wait for our stream.
             torch.cuda.current_stream().synchronize()
 
-    def close(self) -> None:
-        self.local.close()
-        self.node.close()
-
 
 #: Set by the worker half when it is given the KV memory, and found by the scheduler half, which vLLM makes later.
 _core: _Core | None = None
@@ -165,8 +150,8 @@ _core: _Core | None = None
 def _get_core() -> _Core:
     if _core is None:
         raise RuntimeError(
-            "the KV memory is not in this process; TandemConnector needs vLLM's model worker in the EngineCore process "
-            "(VLLM_ENABLE_V1_MULTIPROCESSING=0) and no tensor or pipeline parallelism"
+            "the KV memory is not in this process; TandemConnector needs vLLM's model worker in the process of its "
+            "scheduler (VLLM_ENABLE_V1_MULTIPROCESSING=0) and no tensor or pipeline parallelism"
         )
     return _core
 
@@ -270,7 +255,7 @@ class _KvMemory:
 
 
 def _settings(vllm_config: VllmConfig) -> ConnectorSettings:
-    return ConnectorSettings.parse(vllm_config.kv_transfer_config.get_from_extra_config(KEY, ""))
+    return settings_of(vllm_config.kv_transfer_config.get_from_extra_config(KEY, ""))
 
 
 def _is_run(numbers: Sequence[int]) -> bool:
@@ -321,34 +306,6 @@ def _allow_amx() -> None:
         torch.cpu._init_amx()
 
 
-def _die_with_parent(run_dir: RunDir) -> None:
-    """Ends this process when the worker process is gone: nobody could reach it any more, and its memory is large."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def wait() -> None:
-        parent.join()
-        shutil.rmtree(run_dir.path, ignore_errors=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait, name="tandem-parent-watch", daemon=True).start()
-
-
-def _leave_quickly() -> None:
-    """Lets this process go, when it goes in good order, without taking the interpreter and torch apart: that takes
-    seconds, and serves nobody."""
-    if isinstance(sys.exc_info()[1], Exception):
-        return
-
-    def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-    multiprocessing.util.Finalize(None, leave, exitpriority=-1000)  # after everybody else's
-
-
 # ------------------------------------------------------------------------------------------------ the scheduler half
 
 
@@ -371,17 +328,13 @@ class TandemMetadata(KVConnectorMetadata):
 @dataclass(slots=True)
 class _Prefill:
     order: PrefillOrder
+    prompt_tokens: int
     arrived: float
     started: float | None = None
-
-
-@dataclass(slots=True)
-class _Load:
-    """Staging pages that belong to a request until they are copied or the request is finished."""
-
-    staged_id: str
-    tokens: int
-    pages: tuple[int, ...]
+    #: The handle to what can be read while the rest is computed; empty before the first part, and if it can't.
+    handle: bytes = b""
+    #: How many tokens have been told to be in place.
+    published: int = 0
 
 
 class _Scheduler:
@@ -390,29 +343,68 @@ class _Scheduler:
         #: By vLLM's request id, from arrival to finish.
         self._prefills: dict[str, _Prefill] = {}
         #: By vLLM's request id, from arrival to the step that loads or to finish.
-        self._loads: dict[str, _Load] = {}
+        self._loads: dict[str, DecodeOrder] = {}
         #: vLLM's ids of finished requests whose blocks it keeps for us, by transfer id. An entry goes when it is
         #: reported as sent, so that none is reported twice.
         self._pins: dict[str, str] = {}
         self._copies: list[_Copy] = []
 
-    @property
-    def has_pins(self) -> bool:
-        return bool(self._pins)
-
-    def arrive(self, request_id: str, order: Order) -> None:
+    def expect(self, request: Request, order: Order) -> None:
+        request_id = request.request_id
         match order:
             case PrefillOrder():
-                self._prefills[request_id] = _Prefill(order, time.monotonic())
+                self._prefills[request_id] = _Prefill(order, request.num_prompt_tokens, time.monotonic())
             case DecodeOrder():
-                with contextlib.suppress(UnknownStaged):
-                    pages = self._core.node.pages(order.staged_id)
-                    self._loads[request_id] = _Load(order.staged_id, order.tokens, pages)
-            case DropOrder():
-                self._core.node.discard(order.staged_id)
-            case EndOrder():
-                for transfer_id in self._pins if order.transfer_id is None else (order.transfer_id,):
-                    self._core.node.cancel(transfer_id)
+                self._loads[request_id] = order
+
+    def publish(self, scheduler: Scheduler) -> list[tuple[str, bytes]]:
+        """The handles that are new, by request."""
+        found = []
+        for request_id, prefill in self._prefills.items():
+            request = scheduler.requests.get(request_id)
+            computed = request.num_computed_tokens if request else 0
+            if prefill.order.overlap and prefill.published < computed < prefill.prompt_tokens:
+                if prefill.published == 0 and self._stream(prefill):
+                    found.append((request_id, prefill.handle))
+                prefill.published = computed
+                if prefill.handle:
+                    block_ids = scheduler.kv_cache_manager.get_block_ids(request_id)[0]
+                    self._core.node.publish(prefill.order.transfer_id, block_ids, computed)
+        return found
+
+    def _stream(self, prefill: _Prefill) -> bool:
+        order = prefill.order
+        try:
+            prefill.handle = self._core.node.stream(
+                transfer_id=order.transfer_id,
+                tenant=order.tenant,
+                reader=order.reader,
+                tokens=prefill.prompt_tokens,
+                ttl_s=order.ttl_s,
+            )
+        except OfferRefused as refused:  # then it is offered as a whole, when it is done
+            log.info("%s is not read while it is computed: %s", order.transfer_id, refused)
+            return False
+        return True
+
+    def preempted(self, request_id: str) -> None:
+        """vLLM has taken the blocks back; what was computed will be computed again, somewhere else."""
+        prefill = self._prefills.get(request_id)
+        if prefill is not None:
+            self._withdraw(prefill)
+
+    def _withdraw(self, prefill: _Prefill) -> None:
+        if prefill.handle:
+            self._core.node.withdraw(prefill.order.transfer_id)
+            prefill.handle = b""
+
+    def forget(self, request_id: str) -> None:
+        prefill = self._prefills.pop(request_id, None)
+        if prefill is not None:
+            self._withdraw(prefill)
+        load = self._loads.pop(request_id, None)
+        if load:
+            self._core.node.consumed(load.staged_id)
 
     def loadable_tokens(self, request: Request, computed: int) -> int:
         load = self._loads.get(request.request_id)
@@ -427,7 +419,7 @@ class _Scheduler:
         if load is None:
             return
         if not external:  # all of it was in vLLM's own prefix cache
-            self._core.node.discard(load.staged_id)
+            self._core.node.consumed(load.staged_id)
             return
         end, tokens = _end(load, request), self._core.block_tokens
         first, last = (end - external) // tokens, -(-end // tokens)
@@ -437,37 +429,38 @@ class _Scheduler:
 
     def finished(self, request: Request, block_ids: Sequence[int]) -> tuple[bool, PrefillReport | None]:
         """Whether vLLM must keep the blocks, and what to tell of a prefill leg."""
-        load = self._loads.pop(request.request_id, None)
-        if load:
-            self._core.node.discard(load.staged_id)
-        prefill = self._prefills.pop(request.request_id, None)
+        prefill = self._prefills.get(request.request_id)
+        pinned, refusal = self._pin(request, prefill, block_ids) if prefill else (None, "")
+        self.forget(request.request_id)
         if prefill is None:
             return False, None
         now = time.monotonic()
         started = prefill.started or now
-        handle, refusal = self._pin(request, prefill.order, block_ids)
-        return handle is not None, PrefillReport(
-            queue_s=started - prefill.arrived, prefill_s=now - started, handle=handle, refusal=refusal
+        return pinned is not None, PrefillReport(
+            queue_s=started - prefill.arrived, prefill_s=now - started, handle=pinned, refusal=refusal
         )
 
-    def _pin(self, request: Request, order: PrefillOrder, block_ids: Sequence[int]) -> tuple[bytes | None, str]:
+    def _pin(self, request: Request, prefill: _Prefill, block_ids: Sequence[int]) -> tuple[bytes | None, str]:
+        order, tokens = prefill.order, prefill.prompt_tokens
         computed = request.status is RequestStatus.FINISHED_LENGTH_CAPPED or (
             request.status is RequestStatus.FINISHED_STOPPED and order.even_if_stopped
         )
         if not order.hand_off or not computed:
             return None, ""
-        tokens = request.num_prompt_tokens
-        try:
-            handle = self._core.node.offer(
-                transfer_id=order.transfer_id,
-                tenant=order.tenant,
-                reader=order.reader,
-                block_ids=block_ids[: -(-tokens // self._core.block_tokens)],
-                tokens=tokens,
-                ttl_s=order.ttl_s,
-            )
-        except OfferRefused as refused:
-            return None, str(refused)
+        blocks = block_ids[: -(-tokens // self._core.block_tokens)]
+        handle, prefill.handle = prefill.handle, b""
+        if not handle or not self._core.node.publish(order.transfer_id, blocks, tokens):
+            try:
+                handle = self._core.node.offer(
+                    transfer_id=order.transfer_id,
+                    tenant=order.tenant,
+                    reader=order.reader,
+                    block_ids=blocks,
+                    tokens=tokens,
+                    ttl_s=order.ttl_s,
+                )
+            except OfferRefused as refused:
+                return None, str(refused)
         self._pins[order.transfer_id] = request.request_id
         return handle, ""
 
@@ -477,7 +470,7 @@ class _Scheduler:
         return TandemMetadata(copies, sent)
 
 
-def _end(load: _Load, request: Request) -> int:
+def _end(load: DecodeOrder, request: Request) -> int:
     """How many of the request's tokens need not be computed: vLLM wants at least one."""
     return min(load.tokens, request.num_tokens - 1)
 
@@ -490,6 +483,9 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
 
     _cache_hit_source = CacheHitSource.P2P
 
+    #: Leases held at once.
+    lease_rows = NodeLimits().rows
+
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         parallel = vllm_config.parallel_config
@@ -497,9 +493,7 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
             raise NotImplementedError(
                 "TandemConnector hands over the KV of one device; tensor, pipeline and data parallelism must be 1"
             )
-        if role is KVConnectorRole.WORKER:
-            _die_with_parent(RunDir(_settings(vllm_config).run_dir))
-        else:
+        if role is KVConnectorRole.SCHEDULER:
             self._scheduler = _Scheduler(_get_core())
 
     @classmethod
@@ -507,18 +501,40 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         """All layers of a block together where attention can live with it: one segment to move per block."""
         return "LBHNC" if vllm_config.device_config.device_type == "cpu" else "BLHNC"
 
+    # -- what VllmEngine calls
+
+    @property
+    def node(self) -> KvNode:
+        return _get_core().node
+
+    def block_counts(self) -> tuple[int, int]:
+        """Free and all KV blocks. From any thread."""
+        return _get_core().block_counts()
+
+    def expect(self, request: Request, order: Order) -> None:
+        """Tells what to do with a request that vLLM's scheduler is given next. In the thread that steps."""
+        self._scheduler.expect(request, order)
+
+    def publish_computed(self, scheduler: Scheduler) -> list[tuple[str, bytes]]:
+        """After a step: prompts of which a part is computed become readable. The handles that are new, by request."""
+        return self._scheduler.publish(scheduler)
+
+    def forget(self, request_id: str) -> None:
+        """The scheduler did not take it."""
+        self._scheduler.forget(request_id)
+
     # -- worker half
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         global _core
         _allow_amx()
-        _core = _Core(self._vllm_config, self._kv_cache_config, kv_caches)
+        _core = _Core(self._vllm_config, self._kv_cache_config, kv_caches, self.lease_rows)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         core = _get_core()
         for copy in self._metadata().copies:
             core.copy(copy.pages, copy.block_ids)
-            core.node.discard(copy.staged_id)
+            core.node.consumed(copy.staged_id)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return self._metadata().sent, None
@@ -542,15 +558,6 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         _get_core().block_pool = gpu_block_pool
 
-    def on_new_request(self, request: Request) -> None:
-        try:
-            order = parse_order(request.kv_transfer_params)
-        except msgspec.DecodeError as error:
-            log.error("request %s: its order does not parse: %s", request.request_id, error)
-            return
-        if order:
-            self._scheduler.arrive(request.request_id, order)
-
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         return self._scheduler.loadable_tokens(request, num_computed_tokens), False
 
@@ -558,6 +565,8 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> TandemMetadata:
+        for request_id in scheduler_output.preempted_req_ids or ():
+            self._scheduler.preempted(request_id)
         return self._scheduler.take_step()
 
     def request_finished_all_groups(
@@ -566,12 +575,8 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         keep, report = self._scheduler.finished(request, block_ids[0] if block_ids else ())
         return keep, report_params(report) if report else None
 
-    def has_pending_push_work(self) -> bool:
-        return self._scheduler.has_pins
-
     def shutdown(self) -> None:
         global _core
         if _core is not None:
-            _core.close()
+            _core.node.close()
             _core = None
-            _leave_quickly()

@@ -1,18 +1,15 @@
-"""What VllmEngine and the connector inside vLLM tell each other.
+"""What the connector inside vLLM is told, and tells.
 
-They are two processes with vLLM between them, and vLLM carries three things for them: settings at start
-(`kv_connector_extra_config`), an order with each request (`kv_transfer_params`), and a report with its final output.
-All three are `dict[str, Any]` to vLLM; here they are typed, and inside the dict there is one encoded value. The
-cluster's secret travels by none of these: vLLM logs them.
+vLLM makes the connector, and knows its settings by a name only: its own configuration is logged, and the cluster's
+secret must not be. An order is told to the connector just before its request is, all in one process; a report comes
+back with the request's final output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
-
-import msgspec
 
 from trust.tls import TlsFiles
 
@@ -20,101 +17,66 @@ from trust.tls import TlsFiles
 KEY = "tandem"
 
 
-class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectorSettings:
     """What the connector needs beyond vLLM's own configuration."""
 
     name: str
     incarnation: str
     model: str
     revision: str
+    secret: bytes = field(repr=False)
     host: str
     transports: tuple[str, ...]
     staging_bytes: int
     kv_verify: bool
-    #: Private to the worker and its EngineCore, see `RunDir`.
-    run_dir: str
-    #: Names of files, no secrets.
-    tls: TlsFiles = TlsFiles()
+    tls: TlsFiles
+    #: Called, from any thread, when leases have ended by themselves: a step will free their blocks.
+    on_lease_ended: Callable[[], None]
 
     def extra_config(self) -> dict[str, str]:
-        return {KEY: msgspec.json.encode(self).decode()}
-
-    @classmethod
-    def parse(cls, encoded: str) -> ConnectorSettings:
-        return msgspec.json.decode(encoded, type=cls)
+        """For vLLM's `kv_connector_extra_config`. From here on the connector finds these settings."""
+        _settings[self.incarnation] = self
+        return {KEY: self.incarnation}
 
 
-class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """What the connector has opened, told once through `RunDir.endpoint`."""
-
-    address: str
-    layout: dict[str, str]
+#: By incarnation; one for each engine that this process has had.
+_settings: dict[str, ConnectorSettings] = {}
 
 
-class RunDir:
-    """Files shared by a worker process and its EngineCore, in a folder that no other user can enter."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        #: Where KvLocal listens.
-        self.socket = self.path / "kv.sock"
-        #: The cluster's secret, from the worker to the connector, which deletes it.
-        self.secret = self.path / "secret"
-        #: The connector's `Endpoint`, from the moment its node is open.
-        self.endpoint = self.path / "endpoint.json"
-
-    def write_secret(self, secret: bytes) -> None:
-        self.secret.touch(mode=0o600)
-        self.secret.write_bytes(secret)
-
-    def take_secret(self) -> bytes:
-        secret = self.secret.read_bytes()
-        self.secret.unlink()
-        return secret
-
-    def write_endpoint(self, endpoint: Endpoint) -> None:
-        self.endpoint.write_bytes(msgspec.json.encode(endpoint))
-
-    def read_endpoint(self) -> Endpoint:
-        return msgspec.json.decode(self.endpoint.read_bytes(), type=Endpoint)
+def settings_of(incarnation: str) -> ConnectorSettings:
+    return _settings[incarnation]
 
 
-class PrefillOrder(msgspec.Struct, frozen=True, kw_only=True, tag="prefill"):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillOrder:
     """Report how the prefill went and, if `hand_off`, pin the prompt's blocks and report a handle to them."""
 
     transfer_id: str
     hand_off: bool
-    tenant: str = ""
-    reader: str = ""
-    ttl_s: float = 0.0
+    tenant: str
+    reader: str
+    ttl_s: float
+    #: Let it be read while it is computed.
+    overlap: bool
     #: Hand off even when the sampled token ends the answer: it will be sampled again.
-    even_if_stopped: bool = False
+    even_if_stopped: bool
 
 
-class DecodeOrder(msgspec.Struct, frozen=True, kw_only=True, tag="decode"):
-    """The KV of the prompt's first `tokens` tokens is in staging: take it from there."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeOrder:
+    """The KV of the prompt's first `tokens` tokens is in staging, claimed for this request: take it from there."""
 
     staged_id: str
     tokens: int
+    pages: tuple[int, ...]
 
 
-class EndOrder(msgspec.Struct, frozen=True, kw_only=True, tag="end"):
-    """End the lease of this transfer, or of all. Like `DropOrder`, it rides on a request that vLLM aborts at once, so
-    that it is seen after every order sent before it."""
-
-    transfer_id: str | None
+Order = PrefillOrder | DecodeOrder
 
 
-class DropOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drop"):
-    """Free what a decode order named, if that order was never seen."""
-
-    staged_id: str
-
-
-Order = PrefillOrder | DecodeOrder | EndOrder | DropOrder
-
-
-class PrefillReport(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillReport:
     """How a prefill leg went."""
 
     #: From arrival in vLLM's scheduler to the first step that computed a part of the prompt.
@@ -126,20 +88,10 @@ class PrefillReport(msgspec.Struct, frozen=True, kw_only=True):
     refusal: str = ""
 
 
-def order_params(order: Order) -> dict[str, bytes]:
-    return {KEY: msgspec.msgpack.encode(order)}
+def report_params(report: PrefillReport) -> dict[str, PrefillReport]:
+    return {KEY: report}
 
 
-def parse_order(params: Mapping[str, Any] | None) -> Order | None:
-    """The order in vLLM's `kv_transfer_params`; None when there is none of ours. Raises msgspec.DecodeError."""
-    encoded = params.get(KEY) if params else None
-    return msgspec.msgpack.decode(encoded, type=Order) if encoded is not None else None
-
-
-def report_params(report: PrefillReport) -> dict[str, bytes]:
-    return {KEY: msgspec.msgpack.encode(report)}
-
-
-def parse_report(params: Mapping[str, Any] | None) -> PrefillReport | None:
-    encoded = params.get(KEY) if params else None
-    return msgspec.msgpack.decode(encoded, type=PrefillReport) if encoded is not None else None
+def report_of(params: Mapping[str, Any] | None) -> PrefillReport | None:
+    """The report in the `kv_transfer_params` of an output; None when there is none of ours."""
+    return params.get(KEY) if params else None

@@ -27,16 +27,16 @@ MAY_IMPORT = {
 
 #: Library -> the only files and folders that may import it. What is heavy must not reach the router's image.
 ONLY_IN = {
-    "vllm": ("engine/vllm.py", "engine/vllm_cpu_worker.py", "kv_transfer/vllm_connector.py"),
-    "torch": ("engine/vllm.py", "kv_transfer/vllm_connector.py"),
-    "transformers": ("engine/vllm.py",),
+    "vllm": ("engine/vllm_process.py", "engine/vllm_cpu_worker.py", "kv_transfer/vllm_connector.py"),
+    "torch": ("kv_transfer/vllm_connector.py",),
+    "transformers": (),
     "nixl": ("kv_transfer/",),
     "nixl_cu12": ("kv_transfer/",),
     "ucxx": ("kv_transfer/",),
 }
 
 #: Where protobuf's messages may be seen: a package's wire.py, one for each further protocol (*_wire.py), and the ends of services that are hardly more than wire.
-SEES_MESSAGES = ("kv_transfer/peer.py", "kv_transfer/local.py", "router/edge/reflection.py")
+SEES_MESSAGES = ("kv_transfer/peer.py", "router/edge/reflection.py")
 
 #: A core is told the time and what happened, and answers with what it wants done.
 # fmt: off

@@ -109,7 +109,7 @@ async def test_killing_a_process_costs_no_client_more_than_a_typed_error(shared:
 async def test_killing_processes_around_real_engines_costs_no_client_more_than_a_typed_error(shared: Cluster) -> None:
     await _kill_amid_requests(shared, "router", shared.pid("router"))
     await _kill_amid_requests(shared, "prefill-0", shared.pid("prefill-0"))
-    (engine,) = [pid for pid in descendants(shared.pid("decode-0")) if "EngineCore" in command_line(pid)]
+    (engine,) = [pid for pid in descendants(shared.pid("decode-0")) if "engine.vllm_process" in command_line(pid)]
     await _kill_amid_requests(shared, "decode-0", engine)
 
 

@@ -258,7 +258,7 @@ class Faults:
         return found
 
     def pids(self, worker: str) -> list[int]:
-        """The worker's process, and EngineCore's."""
+        """The worker's process, and its engine's."""
         pid = self.cluster.pid(worker)
         return [pid, *descendants(pid)]
 

@@ -19,6 +19,10 @@ class CorruptibleEngine(VllmEngine):
     connector = ("tests.vllm.corruptible", "CorruptibleConnector")
 
 
+class FewLeasesEngine(VllmEngine):
+    connector = ("tests.vllm.corruptible", "FewLeasesConnector")
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tandem-nano, for which the end of a line is the end of the answer, too: an end that comes often."""
@@ -53,7 +57,7 @@ def corrupted(corrupt_flag: Path) -> Callable[[], AbstractContextManager[None]]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engines(model: Path, corrupt_flag: Path) -> AsyncIterator[Pair]:
-    prefill = VllmEngine(options("prefill", model=str(model)))
+    prefill = FewLeasesEngine(options("prefill", model=str(model)))
     decode = CorruptibleEngine(options("decode", model=str(model)))
     try:
         infos = await asyncio.gather(prefill.start(), decode.start())

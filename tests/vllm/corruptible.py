@@ -1,8 +1,9 @@
-"""TandemConnector that can be told to break what it loads: the proof that the exactness tests can fail.
+"""Connectors with a fault or a limit of their own. vLLM loads them by name into the engine process.
 
-vLLM loads it by name into EngineCore, where `CORRUPT_FLAG` names a file; while that exists, the first block of every
-load has its numbers' signs turned around between staging and the copy into vLLM's blocks. The numbers stay finite:
-vLLM leaves what it finds in a block behind the last token, and a NaN there would reach whoever gets the block next.
+`CorruptibleConnector` can be told to break what it loads: the proof that the exactness tests can fail. `CORRUPT_FLAG`
+names a file; while that exists, the first block of every load has its numbers' signs turned around between staging and
+the copy into vLLM's blocks. The numbers stay finite: vLLM leaves what it finds in a block behind the last token, and a
+NaN there would reach whoever gets the block next.
 """
 
 import os
@@ -22,3 +23,7 @@ class CorruptibleConnector(TandemConnector):
             for copy in self._metadata().copies:
                 vllm_connector._get_core()._staging[copy.pages[0]].bitwise_xor_(_SIGNS_OF_TWO_FLOATS)
         super().start_load_kv(forward_context, **kwargs)
+
+
+class FewLeasesConnector(TandemConnector):
+    lease_rows = 24

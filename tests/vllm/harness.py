@@ -41,6 +41,7 @@ def options(name: str, **changes: object) -> EngineOptions:
         max_running=16,
         max_batched_tokens=512,
         dtype="float32",
+        kv_verify=True,
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -165,4 +166,5 @@ async def becomes_idle(engine: VllmEngine, within_s: float = 5.0) -> EngineLoad:
 
 
 def core_pid(engine: VllmEngine) -> int:
-    return int(engine._llm.engine_core.resources.engine_manager.processes[0].pid)
+    assert engine._process is not None
+    return engine._process.pid

@@ -22,7 +22,7 @@ async def cancel(task: asyncio.Task[object]) -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 8, 13])
 async def test_a_prefill_cancelled_within_its_first_moments(pair: Pair, steps: int) -> None:
-    """So many turns of the event loop: before, while and after it is sent to EngineCore."""
+    """So many turns of the event loop: before, while and after it is sent to the engine process."""
     leg = PrefillLeg(
         leg_id="early", tenant="t", token_ids=prompt(300), sampling=LONG, cache_salt=pair.number(), hand_off=True
     )
@@ -41,7 +41,7 @@ async def test_a_prefill_cancelled_when_its_blocks_are_pinned_already(pair: Pair
     task: asyncio.Task[object] = asyncio.create_task(pair.prefill.prefill(leg))
     for _ in range(20):
         await asyncio.sleep(0)
-    # While this process sees nothing, EngineCore computes, pins and answers.
+    # While this process sees nothing, the engine computes, pins and answers.
     time.sleep(0.5)  # noqa: ASYNC251
     await cancel(task)
     assert task.cancelled()

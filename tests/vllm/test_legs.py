@@ -144,6 +144,20 @@ async def test_a_lease_that_nobody_reads_expires_and_its_handle_is_stale(pair: P
     assert stale.value.kind is FailureKind.TRANSFER
 
 
+async def test_a_full_lease_board_refuses_the_hand_off_and_no_more(pair: Pair) -> None:
+    held = [await pair.prefill.prefill(prefill_leg(pair, prompt(20, number))) for number in range(24)]
+    with pytest.raises(LegError) as refused:
+        await pair.prefill.prefill(prefill_leg(pair, prompt(20, 500)))
+    assert refused.value.kind is FailureKind.REJECTED
+    assert (await pair.prefill.prefill(prefill_leg(pair, prompt(20, 600), hand_off=False))).handle is None
+    for result in held:
+        assert result.handle is not None
+        await pair.prefill.release(result.handle)
+    result = await pair.prefill.prefill(prefill_leg(pair, prompt(20, 700)))
+    assert result.handle is not None
+    await pair.prefill.release(result.handle)
+
+
 async def outcome(leg: Awaitable[Answer]) -> FailureKind | None:
     try:
         await leg

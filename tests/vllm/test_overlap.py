@@ -1,0 +1,117 @@
+"""A prompt that is read while it is computed, in four chunks: the same answer, and nothing of it if it is given up."""
+
+import asyncio
+
+import pytest
+
+from engine.base import DecodeLeg, FailureKind, LegError, PrefillLeg, PrefillResult, Sampling, Staged
+from tests.vllm.harness import Pair, becomes_idle, collect, is_idle, prompt
+
+pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
+
+GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+def prefill_leg(pair: Pair, tokens: int, start: int) -> PrefillLeg:
+    return PrefillLeg(
+        leg_id=f"overlap-{pair.number()}",
+        tenant="t",
+        token_ids=prompt(tokens, start),
+        sampling=GREEDY,
+        cache_salt=pair.number(),
+        hand_off=True,
+        reader="decode",
+    )
+
+
+class Ahead:
+    """The prefill of a leg, and the fetch that begins when its first chunk is offered."""
+
+    def __init__(self, pair: Pair, leg: PrefillLeg) -> None:
+        self._pair = pair
+        self.handles: list[bytes] = []
+        self.offered = asyncio.Event()
+        self.fetch: asyncio.Task[Staged] | None = None
+        self.prefill: asyncio.Task[PrefillResult] = asyncio.create_task(pair.prefill.prefill(leg, self._offered))
+
+    def _offered(self, handle: bytes) -> None:
+        assert not self.prefill.done()
+        self.handles.append(handle)
+        self.fetch = asyncio.create_task(self._pair.decode.fetch(handle, 20.0, ahead=True))
+        self.offered.set()
+
+
+async def decoded(pair: Pair, leg: PrefillLeg, first: int, staged: Staged) -> list[int]:
+    order = DecodeLeg(
+        leg_id=leg.leg_id,
+        tenant="t",
+        token_ids=(*leg.token_ids, first),
+        prompt_tokens=len(leg.token_ids),
+        sampling=Sampling(max_tokens=11, temperature=0.0, ignore_eos=True),
+        cache_salt=leg.cache_salt,
+        staged=staged,
+    )
+    return [first, *(await collect(pair.decode.decode(order))).token_ids]
+
+
+@pytest.mark.parametrize("tokens", [513, 1000, 1024, 1025, 2000, 2047, 2500])
+async def test_the_answer_is_the_one_engines(pair: Pair, tokens: int) -> None:
+    leg = prefill_leg(pair, tokens, 37 * tokens)
+    ahead = Ahead(pair, leg)
+    result = await ahead.prefill
+    assert ahead.handles == [result.handle]
+    assert ahead.fetch is not None
+    staged = await ahead.fetch
+    assert staged.tokens == tokens
+    alone = await pair.whole(leg.token_ids, GREEDY)
+    assert await decoded(pair, leg, result.token_id, staged) == alone.token_ids
+
+
+async def test_many_at_once(pair: Pair) -> None:
+    legs = [prefill_leg(pair, 700 + 90 * number, 500 * number) for number in range(6)]
+    alone = [(await pair.whole(leg.token_ids, GREEDY)).token_ids for leg in legs]
+
+    async def split(leg: PrefillLeg) -> list[int]:
+        ahead = Ahead(pair, leg)
+        result = await ahead.prefill
+        assert result.handle is not None
+        try:
+            staged = await ahead.fetch if ahead.fetch and ahead.handles == [result.handle] else None
+        except LegError:  # no room ahead of time, or the stream was withdrawn
+            staged = None
+        staged = staged or await pair.decode.fetch(result.handle, 20.0)
+        return await decoded(pair, leg, result.token_id, staged)
+
+    assert await asyncio.gather(*(split(leg) for leg in legs)) == alone
+
+
+async def test_a_prompt_of_one_chunk_is_not_offered_before_it_is_done(pair: Pair) -> None:
+    ahead = Ahead(pair, prefill_leg(pair, 300, 1234))
+    result = await ahead.prefill
+    assert ahead.handles == []
+    assert result.handle is not None
+    await pair.prefill.release(result.handle)
+
+
+@pytest.mark.parametrize("give_up", ["prefill", "fetch"])
+async def test_given_up_between_two_chunks(pair: Pair, give_up: str) -> None:
+    ahead = Ahead(pair, prefill_leg(pair, 2500, 4321))
+    await ahead.offered.wait()
+    assert ahead.fetch is not None
+    if give_up == "prefill":
+        ahead.prefill.cancel()
+        with pytest.raises(LegError) as stale:
+            await ahead.fetch
+        assert stale.value.kind is FailureKind.TRANSFER
+        await asyncio.gather(ahead.prefill, return_exceptions=True)
+        assert ahead.prefill.cancelled()
+    else:
+        ahead.fetch.cancel()
+        await asyncio.gather(ahead.fetch, return_exceptions=True)
+        result = await ahead.prefill
+        assert result.handle is not None
+        staged = await pair.decode.fetch(result.handle, 20.0)  # as good as if nobody had begun
+        await pair.decode.discard(staged)
+    for engine in (pair.prefill, pair.decode):
+        load = await becomes_idle(engine)
+        assert is_idle(load), load
