@@ -211,6 +211,10 @@ def _natural(label: str, element: Said) -> int:
     return value
 
 
+def _one_natural(label: str, elements: Sequence[Said]) -> int:
+    return _natural(label, _one(label, elements))
+
+
 def _naturals(label: str, elements: Sequence[Said]) -> list[int]:
     return [_natural(label, element) for element in elements]
 
@@ -272,10 +276,10 @@ _KINDS: dict[str, Callable[[str, Sequence[Said]], object]] = {
     "end_id": _end_id,
     "stream": _bool,
     "exclude_input_in_output": _bool,
-    "input_lengths": _int,
+    "input_lengths": _one_natural,
     "lane": _text,
     # Microseconds, as Triton's clients give it.
-    "timeout": _int,
+    "timeout": _one_natural,
     "triton_enable_empty_final_response": _bool,
 }
 

@@ -352,6 +352,7 @@ BAD: list[tuple[list[Input], str, str]] = [
     ([PROMPT, ("stop_words", "BYTES", [b"x" * 257])], "stop_words[0]", "256"),
     ([PROMPT, ("stream", "BYTES", [b"maybe"])], "stream", "maybe"),
     ([PROMPT, ("beam_width", "INT32", [4])], "beam_width", "not supported"),
+    ([PROMPT, ("timeout", "INT32", [-1])], "timeout", "negative"),
     ([PROMPT, ("bad_words", "BYTES", [b"darn"])], "bad_words", "not supported"),
     ([PROMPT, ("prompt_embedding_table", "FP32", [0.0])], "prompt_embedding_table", "not known"),
     ([PROMPT, ("sampling_parameters", "BYTES", [b"{"])], "sampling_parameters", "JSON"),
