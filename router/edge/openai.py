@@ -52,7 +52,6 @@ _log = logging.getLogger(__name__)
 
 TIMEOUT_HEADER = "x-tandem-timeout-s"
 _METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-_SEED_MAX = 2**63 - 1
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -212,7 +211,7 @@ class OpenAIEdge:
         for one in wanted:
             first = await self._generator.accept(one, arrival)
             index = len(accepted)
-            accepted += [_sibling(first, number, f"{call_id}-{index + number}") for number in range(n)]
+            accepted += [first.sibling(number, f"{call_id}-{index + number}") for number in range(n)]
         options = body.stream_options or StreamOptions()
         return Call(
             form=form,
@@ -384,15 +383,6 @@ def _named(field: str) -> Iterator[None]:
         if error.field == "sampling.structure" and field:
             raise Invalid(field, error.description, limit=error.limit) from None
         raise
-
-
-def _sibling(accepted: Accepted, number: int, request_id: str) -> Accepted:
-    """One of a prompt's `n`: alike, but for its id, and for its seed, or all would say the same."""
-    request = accepted.request
-    sampling = request.sampling
-    if sampling.seed is not None and number:
-        sampling = replace(sampling, seed=(sampling.seed + number) % (_SEED_MAX + 1))
-    return Accepted(replace(request, request_id=request_id, sampling=sampling), accepted.stops)
 
 
 def _rate_headers(rates: Iterable[RateLeft]) -> Iterator[tuple[bytes, bytes]]:
