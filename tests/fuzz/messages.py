@@ -64,6 +64,8 @@ class Messages:
 
     def _alter(self, message: Message) -> None:
         """One field, at any depth, gets another value or none."""
+        if not message.DESCRIPTOR.fields:
+            return
         field = cast(FieldDescriptor, self._random.choice(message.DESCRIPTOR.fields))
         is_single = field.message_type and not field.is_repeated
         if is_single and message.HasField(field.name) and self._random.random() < 0.8:
