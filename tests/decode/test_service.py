@@ -152,9 +152,9 @@ async def test_an_answer_without_an_end_is_the_engines_failure(engine: ScriptedE
             yield StepOutput(leg_id=leg.leg_id, token_ids=(8,))
 
     heard = Heard()
+    async with asyncio.TaskGroup() as scope:
+        ahead = FetchesAhead(Stopping(), LIMITS, scope)
     with pytest.raises(LegError) as error:
-        async with asyncio.TaskGroup() as scope:
-            ahead = FetchesAhead(Stopping(), LIMITS, scope)
         await DecodeService(Stopping(), LIMITS, ahead).serve(order("a"), "a~1", heard)
     assert error.value.kind is FailureKind.ENGINE
     assert heard.tokens == [8]

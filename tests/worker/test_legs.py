@@ -21,6 +21,9 @@ class Heard:
         self.said: list[str] = []
         self.ends: Counter[str] = Counter()
 
+    def offered(self, leg_id: str, handle: bytes) -> None:
+        self.said.append(f"offered {leg_id}")
+
     def prefill_done(self, leg_id: str, result: PrefillResult) -> None:
         self.ends[leg_id] += 1
         self.said.append(f"done {leg_id}")
@@ -125,6 +128,17 @@ async def test_an_engine_that_cancels_our_task_still_gives_the_leg_an_end(heard:
     legs.open(heard, "a", Role.DECODE, 60, work)
     await legs.empty()
     assert heard.said == ["ENGINE a: the engine gave no answer"]
+
+
+async def test_what_a_leg_offers_is_said_while_it_goes_on_and_not_after_its_end(heard: Heard, legs: LegTable) -> None:
+    async def work(leg: Leg) -> None:
+        leg.offered(b"handle")
+        leg.fail(FailureKind.ENGINE, "because")
+        leg.offered(b"handle")
+
+    legs.open(heard, "a", Role.PREFILL, 60, work)
+    await legs.empty()
+    assert heard.said == ["offered a", "ENGINE a: because"]
 
 
 async def test_a_cancelled_leg_says_nothing_more(heard: Heard, legs: LegTable) -> None:
