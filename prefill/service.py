@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from engine.base import Engine, Offered, PrefillLeg, PrefillResult
-from prefill.admission import PrefillLimits
+from prefill.admission import Places, PrefillLimits
 from prefill.leases import LeaseAccount
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class PrefillService:
     def __init__(self, engine: Engine, limits: PrefillLimits) -> None:
         self._engine = engine
         self._limits = limits
-        self._running = asyncio.Semaphore(limits.running)
+        self._places = Places(limits)
         self._leases = LeaseAccount()
         self._releases: asyncio.Queue[bytes] = asyncio.Queue(_RELEASES_MAX)
 
@@ -54,7 +54,7 @@ class PrefillService:
         ttl_s = min(self._limits.lease_ttl_s, order.timeout_s)
         leg = replace(order.leg, leg_id=engine_leg_id, lease_ttl_s=ttl_s)
         arrived = clock()
-        async with self._running:
+        async with self._places.take(len(leg.token_ids)):
             waited_s = clock() - arrived
             result = await self._engine.prefill(leg, offered)
         if result.handle is not None:

@@ -25,6 +25,7 @@ CONFIG = worker_config("127.0.0.1:7000", "localhost:7000")
         ({"drain_grace_s": -1}, "drain_grace_s: must not be negative, is -1"),
         ({"stop_timeout_s": 0}, "stop_timeout_s: must be more than 0, is 0"),
         ({"prefill": PrefillLimits(running=0)}, "prefill.running: must be at least 1, is 0"),
+        ({"prefill": PrefillLimits(running_tokens=0)}, "prefill.running_tokens: must be at least 1, is 0"),
         ({"prefill": PrefillLimits(queued=-1)}, "prefill.queued: must not be negative, is -1"),
         ({"prefill": PrefillLimits(lease_ttl_s=0)}, "prefill.lease_ttl_s: must be more than 0, is 0"),
         ({"decode": DecodeLimits(legs=0)}, "decode.legs: must be at least 1, is 0"),
