@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Iterable
+from pathlib import Path
 
 import grpc
 import pytest
@@ -556,6 +559,19 @@ class TestCallers:
 def test_raw_numbers_come_back_as_they_went(datatype: str) -> None:
     values = [0, 1, 100]
     assert tensors.from_raw("t", datatype, [3], tensors.to_raw(datatype, values)).elements == values
+
+
+def test_our_messages_load_beside_those_of_a_clients_library() -> None:
+    """In a process of its own: what is loaded stays."""
+    program = """
+from google.protobuf import descriptor_pb2, descriptor_pool
+file = descriptor_pb2.FileDescriptorProto(name="grpc_service.proto", package="inference", syntax="proto3")
+file.message_type.add(name="ServerLiveRequest")
+descriptor_pool.Default().Add(file)
+from protos.compat import kserve_pb2, orca_service_pb2, vllm_engine_pb2
+assert kserve_pb2.ServerLiveResponse.FromString(kserve_pb2.ServerLiveResponse(live=True).SerializeToString()).live
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, timeout=60)
 
 
 def test_a_raw_tensor_of_no_known_datatype_is_refused() -> None:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import grpc
 import pytest
@@ -22,9 +23,11 @@ from kv_transfer.inproc import InprocHub
 from protos.compat import smg_common_pb2 as common
 from protos.compat import vllm_engine_pb2 as pb
 from protos.compat import vllm_engine_pb2_grpc as pb_grpc
+from tests.certificates import Authority
 from tests.worker.running import RunningWorker, running_worker
 from tests.worker.scripted_router import scripted_router
 from tests.worker.test_sim import MODEL, sim_config
+from trust.tls import Tls, TlsFiles
 from worker.config import Role, WorkerConfig
 from worker.stops import load_tokenizer
 
@@ -302,6 +305,33 @@ async def test_a_worker_that_drains_says_so_and_finishes_what_it_has(pair: Pair)
     assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "draining")
     *_, last = await rest(call)
     assert len(last.complete.output_ids) == 300
+
+
+async def test_with_tls_it_takes_those_alone_whom_the_clusters_authority_vouches_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    async with scripted_router() as router:
+        config = sim_config(router.address, "w0", Role.BOTH, tls=ours.issue("w0"), transports=("tcp",))
+        async with running(config, InprocHub(), caplog) as worker:
+            assert await answers(worker.address, ours.issue("gateway"), ours)
+            assert not await answers(worker.address, theirs.issue("stranger"), ours)
+            assert not await answers(worker.address, TlsFiles(ca=str(ours.ca)), ours), "without a certificate"
+            assert not await answers(worker.address, None, ours), "in plaintext"
+
+
+async def answers(address: str, shown: TlsFiles | None, believed: Authority) -> bool:
+    if shown is None:
+        channel = grpc.aio.insecure_channel(address)
+    else:
+        credentials = Tls(replace(shown, ca=str(believed.ca))).channel_credentials()
+        channel = grpc.aio.secure_channel(address, credentials)
+    async with channel:
+        try:
+            said = await pb_grpc.VllmEngineStub(channel).HealthCheck(pb.HealthCheckRequest(), timeout=WAIT_S)
+        except grpc.aio.AioRpcError:
+            return False
+    return said.healthy
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "[::]"])
