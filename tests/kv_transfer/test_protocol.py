@@ -262,7 +262,7 @@ class HandOff(RuleBasedStateMachine):
         assert self.transfers.staging.free == PAGES
 
 
-HandOff.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+HandOff.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 TestHandOff = HandOff.TestCase
 
 
