@@ -106,10 +106,14 @@ class Tally:
         return found + [f"{count} x {word}" for word, count in self.said.items() if must_not_be(word)]
 
 
+#: How attacks may end. One that replays the handle of a fetch ahead waits for that to be given up, and fails.
+_MAY_END = {"tampered": {"REFUSED"}, "stranger": {"REFUSED"}, "replayed": {"REFUSED", "FAILED"}}
+
+
 def must_not_be(word: str) -> bool:
     """Whether what a worker said of an attack on it means that the attack came through."""
     what, _, outcome = word.partition("-")
-    return what in ("tampered", "stranger", "replayed") and outcome != "REFUSED"
+    return what in _MAY_END and outcome not in _MAY_END[what]
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,9 +230,9 @@ def _attack_fetches(folder: Folder) -> None:
     fetch = KvNode.fetch
 
     def attempt(node: KvNode, what: str, handle: bytes) -> None:
-        """Must be refused."""
+        """Must not end well."""
         try:
-            fetched = fetch(node, handle, 2.0)
+            fetched = fetch(node, handle, 0.1)
         except FetchError as error:
             folder.say(f"{what}-{error.outcome.name}")
         else:
