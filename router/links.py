@@ -22,6 +22,7 @@ from router.core.errors import Invalid, Misfit, TandemError, Unauthenticated, Un
 from router.core.worker import WorkerFacts
 from router.edge.errors import abort
 from router.edge.identity import certificate_names
+from router.grpc_server.call import Call
 from router.joining import Gate, Introduction
 from router.refusals import Refusals, source_of
 from router.shell import Shell, WorkerEffect
@@ -162,13 +163,18 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
         return link
 
     async def _receive(self, requests: AsyncIterator[wire.WorkerMessage], worker_id: str, link: _Link) -> None:
+        def take(message: wire.WorkerMessage) -> None:
+            if self._links.get(worker_id) is not link:
+                return
+            event = wire.event(worker_id, message)
+            if event is not None:
+                self._shell.handle(event)
+
         try:
+            if isinstance(requests, Call):
+                requests.at_once(take)
             async for message in requests:
-                if self._links.get(worker_id) is not link:
-                    return
-                event = wire.event(worker_id, message)
-                if event is not None:
-                    self._shell.handle(event)
+                take(message)
             link.close("it closed its stream")
         except Exception:  # whatever it was, the link must not stay up with nobody reading it
             _log.exception("worker %s: reading its stream failed", worker_id)

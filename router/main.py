@@ -144,7 +144,13 @@ async def serve(
     health = health_aio.HealthServicer()
 
     connections = ConnectionLimits(age_s_max=config.connection_age_s_max)
-    server = GrpcServer(message_bytes_max=config.requests.message_bytes_max, limits=connections)
+
+    def grpc_server() -> GrpcServer:
+        return GrpcServer(
+            message_bytes_max=config.requests.message_bytes_max, limits=connections, after_read=shell.deliver
+        )
+
+    server = grpc_server()
     server.add_generic_rpc_handlers((edge.handlers(), operators.handlers(), *(one.handlers() for one in foreign)))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     services = (*CLIENTS, control.SERVICE, orca.SERVICE, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -153,7 +159,7 @@ async def serve(
     port = _bind(server, "port", config.host, config.port, access.tls)
     servers, worker_port = [server], None
     if config.worker_listen:
-        servers.append(GrpcServer(message_bytes_max=config.requests.message_bytes_max, limits=connections))
+        servers.append(grpc_server())
         health_pb2_grpc.add_HealthServicer_to_server(health, servers[-1])
         host, _, asked = config.worker_listen.rpartition(":")
         worker_port = _bind(servers[-1], "worker_listen", host, int(asked), access.worker_tls)

@@ -55,6 +55,8 @@ class RequestStream:
         #: The reader waits for it.
         self._arrived: asyncio.Future[None] | None = None
         self._read_to_end = False
+        #: Tries to take what came, while the reader waits; says whether it did.
+        self._at_once: Callable[[], bool] | None = None
 
     # The core's side.
 
@@ -69,7 +71,12 @@ class RequestStream:
                 self._overrun(self.request_id)
         else:
             self._end = event
-        if self._arrived is not None and not self._arrived.done():
+
+    def arrived(self) -> None:
+        """After `put`, once all that belongs to its event is done."""
+        if self._arrived is None or self._arrived.done():
+            return  # the reader is busy, and will look
+        if self._end is not None or self._at_once is None or not self._at_once():
             self._arrived.set_result(None)
 
     # The edge's side.
@@ -80,16 +87,24 @@ class RequestStream:
     async def __anext__(self) -> ClientEvent:
         if self._read_to_end:
             raise StopAsyncIteration
-        while not self._token_ids and self._end is None:
+        if not self._token_ids and self._end is None:
             self._arrived = asyncio.get_running_loop().create_future()
             await self._arrived
-        if self._token_ids:
-            tokens = Tokens(tuple(self._token_ids), tuple(self._logprobs))
-            self._token_ids, self._logprobs, self._alternatives = array("Q"), [], 0
-            return tokens
-        assert self._end is not None
+        if self._token_ids or self._end is None:
+            return self.take()
         self._read_to_end = True
         return self._end
+
+    def take(self) -> Tokens:
+        """Those that wait; there may be none."""
+        tokens = Tokens(tuple(self._token_ids), tuple(self._logprobs))
+        self._token_ids, self._logprobs, self._alternatives = array("Q"), [], 0
+        return tokens
+
+    def at_once(self, take: Callable[[], bool]) -> None:
+        """While the reader waits, `take` is asked first, in the very turn of the loop that brings tokens: it takes them
+        and says True, or False, and the reader is woken. So a token costs no change of tasks."""
+        self._at_once = take
 
     def stop_matched(self, completion_tokens: int) -> None:
         """The answer is to end with its first `completion_tokens` tokens. Read on, to the Finished."""

@@ -55,6 +55,8 @@ class Shell:
         self._loop = asyncio.get_running_loop()
         self._stream_tokens_max = stream_tokens_max
         self._streams: dict[str, RequestStream] = {}
+        #: Those that something came for, and whose readers were not told yet.
+        self._touched: dict[RequestStream, None] = {}
         #: What the last worker of each model said of it. Stays when the worker goes.
         self._facts: dict[str, ModelFacts] = {}
         self._links: WorkerLinks | None = None
@@ -115,6 +117,16 @@ class Shell:
             self._idle.set()
         if stream is not None:
             stream.put(emit.event)
+            if not self._touched:
+                self._loop.call_soon(self.deliver)
+            self._touched[stream] = None
+
+    def deliver(self) -> None:
+        """Tells readers what came for them. Once for all that one turn of the loop brought, so that what several
+        engine steps gave an answer while we lagged is one piece; whoever read it can call this sooner."""
+        touched, self._touched = self._touched, {}
+        for stream in touched:  # whose readers may handle events of their own
+            stream.arrived()
 
     def _arm(self) -> None:
         """One timer, for the core's next deadline. A core that wants an earlier one gets it; a later one waits for

@@ -19,6 +19,7 @@ from google.rpc import status_pb2
 from router.core import errors
 from router.core.quota import OverQuota
 from router.edge.admit import PastContext
+from router.grpc_server.call import Call
 
 DOMAIN = "tandem"
 
@@ -165,12 +166,12 @@ def _retry_headers(error: errors.TandemError) -> Iterator[tuple[bytes, bytes]]:
         yield b"x-should-retry", b"false"  # OpenAI's clients would, and waiting alone does not help
 
 
-async def abort(context: grpc.aio.ServicerContext, error: errors.TandemError) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext | Call, error: errors.TandemError) -> NoReturn:
     status = grpc_status(error)
     await context.abort(status.code, status.message, status.trailers)
 
 
-async def answer(context: grpc.aio.ServicerContext, work: Callable[[], Awaitable[T]]) -> T:
+async def answer(context: grpc.aio.ServicerContext | Call, work: Callable[[], Awaitable[T]]) -> T:
     """Runs a method's work and tells the client how it failed. Of a fault of ours the log gets the story, the client
     a sentence."""
     try:

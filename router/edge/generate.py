@@ -85,31 +85,59 @@ class Answer:
     def __init__(self, stream: RequestStream, text: TextStream) -> None:
         self._stream = stream
         self._text = text
+        self._completion_tokens = 0
+        self._stop_match = ""
+        #: Of what was to be said at once: what could not be, and what went wrong.
+        self._unsaid: list[Part] = []
+        self._broken: Exception | None = None
 
-    async def parts(self) -> AsyncIterator[Part | End]:
-        """Any number of Parts, some without text, then the End. Raises TandemError when the request fails."""
-        completion_tokens, stop_match = 0, ""
+    async def parts(self, say: Callable[[Part], bool] | None = None) -> AsyncIterator[Part | End]:
+        """Any number of Parts, some without text, then the End. Raises TandemError when the request fails.
+
+        A Part that comes while the caller waits for one goes to `say` first, in the very turn of the loop that brings
+        it; where that returns False, the caller gets it."""
+        if say is not None:
+            self._stream.at_once(lambda: self._say(say))
         async for event in self._stream:
+            if self._broken is not None:
+                raise self._broken
+            unsaid, self._unsaid = self._unsaid, []
+            for part in unsaid:
+                yield part
             if isinstance(event, Tokens):
-                for token_ids, logprobs in _in_parts(event):
-                    if stop_match:
-                        break  # on their way when the stop string was found
-                    piece = self._text.feed(token_ids)
-                    count = piece.tokens if piece.stop else len(token_ids)
-                    completion_tokens += count
-                    yield Part(piece.text, token_ids[:count], logprobs[:count], completion_tokens)
-                    if piece.stop:
-                        stop_match = piece.stop
-                        self._stream.stop_matched(completion_tokens)
+                for part in self._parts(event):
+                    yield part
             elif isinstance(event, Finished):
-                if not stop_match:
+                if not self._stop_match:
                     rest = self._text.finish()
-                    stop_match = rest.stop or ""
+                    self._stop_match = rest.stop or ""
                     if rest.text:
-                        yield Part(rest.text, (), (), completion_tokens)
-                yield End(event, stop_match)
+                        yield Part(rest.text, (), (), self._completion_tokens)
+                yield End(event, self._stop_match)
             else:
                 raise event.error
+
+    def _say(self, say: Callable[[Part], bool]) -> bool:
+        try:
+            for part in self._parts(self._stream.take()):
+                if self._unsaid or not say(part):
+                    self._unsaid.append(part)
+        except Exception as error:  # the caller's, who waits; whoever brought the tokens has no part in it
+            self._broken = error
+        return self._broken is None and not self._unsaid
+
+    def _parts(self, tokens: Tokens) -> Iterator[Part]:
+        for token_ids, logprobs in _in_parts(tokens):
+            if self._stop_match:
+                return  # on their way when the stop string was found
+            piece = self._text.feed(token_ids)
+            count = piece.tokens if piece.stop else len(token_ids)
+            self._completion_tokens += count
+            if piece.stop:
+                self._stop_match = piece.stop
+            yield Part(piece.text, token_ids[:count], logprobs[:count], self._completion_tokens)
+            if piece.stop:
+                self._stream.stop_matched(self._completion_tokens)
 
     def close(self) -> None:
         """The client leaves. Idempotent; cancels what has not ended."""

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from router.config import HttpLimits
@@ -65,6 +65,9 @@ class Exchange:
         self.peer: str = (scope.get("client") or ("",))[0]
         self._receive = receive
         self._send = send
+        #: What `send` belongs to, in uvicorn: says at once whether a write would wait.
+        cycle = getattr(send, "__self__", None)
+        self._cycle = cycle if isinstance(cycle, RequestResponseCycle) else None
         self._starting = asyncio.Lock()
         self._started = False
         self._is_unread = True
@@ -130,6 +133,25 @@ class Exchange:
                     await self._begin(200, _EVENT_STREAM)
                     self._started = True
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def has_room(self) -> bool:
+        """For an event at once: the response has begun, and the client keeps up."""
+        cycle = self._cycle
+        return (
+            self._started
+            and cycle is not None
+            and cycle.response_started
+            and not cycle.response_complete
+            and not cycle.disconnected
+            and bool(cycle.chunked_encoding)
+            and not cycle.flow.write_paused
+        )
+
+    def event_now(self, data: bytes) -> None:
+        """An event that there is room for. The same bytes as `event`'s, past what that takes to say that they may be
+        sent."""
+        assert self._cycle is not None
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def done(self) -> None:
         await self.event(_DONE)

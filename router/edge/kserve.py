@@ -24,11 +24,12 @@ from router.edge.identity import Authenticator, Presented, Scope, presented
 from router.edge.kserve_fields import Infer
 from router.edge.orca import LoadReports
 from router.edge.tensors import Element
+from router.grpc_server.call import Call
 from router.port import ModelView
 
 SERVICE = "inference.GRPCInferenceService"
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
+Context = Call
 
 
 class KServeEdge:
@@ -213,7 +214,7 @@ class _Stream:
         begun = await self._edge.begin(request, infer, self._context, self._presented)
         try:
             if infer.stream:
-                async for data in _streamed(begun, infer):
+                async for data in _streamed(begun, infer, self._write_now):
                     await self._write(data)
             else:
                 await self._write(begun.reply.streamed(await _whole(begun, infer), final=True))
@@ -228,6 +229,9 @@ class _Stream:
     async def _write(self, data: bytes) -> None:
         async with self._turn:
             await self._context.write(data)
+
+    def _write_now(self, data: bytes) -> bool:
+        return not self._turn.locked() and self._context.write_now(data)
 
 
 class Begun(NamedTuple):
@@ -249,13 +253,20 @@ class _Piece(NamedTuple):
     cumulative_logprob: float
 
 
-async def _streamed(begun: Begun, infer: Infer) -> AsyncIterator[bytes]:
+async def _streamed(begun: Begun, infer: Infer, write_now: Callable[[bytes], bool]) -> AsyncIterator[bytes]:
+    """All but what `write_now` could write."""
     reply = begun.reply
     names = [name for name, _ in infer.outputs]
     text_alone = names == ["text_output"]
     before = infer.prompt if infer.with_prompt and isinstance(infer.prompt, str) else ""
     cumulative = 0.0
-    async for part in begun.answer.parts():
+
+    def say(part: Part) -> bool:
+        if before or not text_alone:
+            return False
+        return not part.text or write_now(reply.streamed(((part.text.encode(),),)))
+
+    async for part in begun.answer.parts(say):
         if isinstance(part, End):
             if "finish_reason" in names:
                 end = _Piece(before, (), (), _reason(part), begun.prompt_tokens, cumulative)

@@ -9,6 +9,7 @@ from router.edge.errors import answer
 from router.edge.generate import Generator, Part, Wanted
 from router.edge.identity import Presented, presented
 from router.edge.orca import LoadReports
+from router.grpc_server.call import Call
 
 SERVICE = "tandem.v1.Inference"
 
@@ -28,14 +29,14 @@ class NativeEdge:
             },
         )
 
-    async def _list_models(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _list_models(self, data: bytes, context: Call) -> bytes:
         async def models() -> bytes:
             wire.list_models_request(data)
             return wire.models(await self._generator.models_for(_presented(context))).SerializeToString()
 
         return await answer(context, models)
 
-    async def _generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+    async def _generate(self, data: bytes, context: Call) -> None:
         """Writes by the context rather than yielding, so that `finally` runs the moment the client is gone."""
 
         async def generate() -> None:
@@ -56,15 +57,25 @@ class NativeEdge:
             request_id = accepted.request.request_id
             stream = self._generator.submit(accepted)
             deltas = wire.Deltas(request_id)
+
+            def written(part: Part) -> bytes:
+                token_ids = part.token_ids if message.return_token_ids else ()
+                if part.text or token_ids or part.logprobs:
+                    return deltas.write(part.text, token_ids, part.logprobs)
+                return b""
+
+            def say(part: Part) -> bool:
+                delta = written(part)
+                return not delta or context.write_now(delta)
+
             try:
-                async for part in stream.parts():
-                    if not isinstance(part, Part):
+                async for part in stream.parts(say):
+                    if isinstance(part, Part):
+                        if delta := written(part):
+                            await context.write(delta)
+                    else:
                         end = wire.finished(request_id, part.finished, part.stop_match)
                         await context.write(end.SerializeToString())
-                        continue
-                    token_ids = part.token_ids if message.return_token_ids else ()
-                    if part.text or token_ids or part.logprobs:
-                        await context.write(deltas.write(part.text, token_ids, part.logprobs))
             finally:
                 stream.close()
             context.set_trailing_metadata(self._loads.trailer())
@@ -72,5 +83,5 @@ class NativeEdge:
         await answer(context, generate)
 
 
-def _presented(context: grpc.aio.ServicerContext) -> Presented:
+def _presented(context: Call) -> Presented:
     return presented(context.invocation_metadata(), context.auth_context(), peer=context.peer())

@@ -259,7 +259,15 @@ class OpenAIEdge:
 
         async def one(index: int, answer: Answer) -> End:
             choice = Choice(call, index, text)
-            async for part in answer.parts():
+
+            def say(part: Part) -> bool:
+                if not exchange.has_room():
+                    return False
+                if chunk := choice.part(part):
+                    exchange.event_now(chunk)
+                return True
+
+            async for part in answer.parts(say):
                 if isinstance(part, End):
                     await exchange.event(choice.end(part))
                     return part

@@ -11,7 +11,7 @@ import zlib
 from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote_from_bytes
 
 import grpc
@@ -81,6 +81,8 @@ class Call:
         self._unread = 0
         self._ungranted = 0
         self._came: asyncio.Future[None] | None = None
+        self._at_once: Callable[[Any], None] | None = None
+        self._fault: Exception | None = None
         self._broken: Malformed | None = None
         # Of the answer, while there is no room for it.
         self._writing: asyncio.Lock | None = None
@@ -118,8 +120,20 @@ class Call:
             self._whole(self)
         elif not self._messages:
             self._grant(self._connection.grant_bytes)
-        if self._came is not None and not self._came.done():
+        if self._came is not None and not self._came.done() and not self._gave():
             self._came.set_result(None)
+
+    def _gave(self) -> bool:
+        """Whether all that came was taken at once."""
+        if self._at_once is None or self.half_closed or self._broken is not None:
+            return False
+        try:
+            while self._messages:
+                self._at_once(self._take())
+        except Exception as fault:  # the handler's, who waits; not the connection's
+            self._fault = fault
+            return False
+        return True
 
     def _split(self, data: bytes) -> None:
         at = 0
@@ -224,6 +238,8 @@ class Call:
 
     async def __anext__(self) -> object:
         while not self._messages:
+            if self._fault is not None:
+                raise self._fault
             if self._broken is not None:
                 raise self._broken
             if self.half_closed:
@@ -231,6 +247,10 @@ class Call:
             self._came = asyncio.get_running_loop().create_future()
             await self._came
         return self._take()
+
+    def at_once(self, take: Callable[[Any], None]) -> None:
+        """While a handler waits for a message, `take` gets it, in the very turn of the loop that it comes."""
+        self._at_once = take
 
     async def read(self) -> object:
         try:
@@ -241,23 +261,29 @@ class Call:
     async def write(self, message: object) -> None:
         """Waits while the client reads nothing. Writes of one call leave in the order they were begun."""
         data = self._serialize(message)
-        connection = self._connection
-        size = len(data) + 5
         if self.over:
             return
-        if (
-            size <= self.window
-            and size <= connection.window
-            and size <= h2.FRAME_BYTES_MAX
-            and not connection.paused
-            and self._writing is None
-        ):
-            self._begin()
-            self.window -= size
-            connection.window -= size
-            connection.send(h2.message_frame(self._stream_id, data))
-        else:
+        if not self.write_now(data):
             await self._write_in_parts(b"\0" + len(data).to_bytes(4) + data)
+
+    def write_now(self, data: bytes) -> bool:
+        """One message, if there is room for it."""
+        if self.over:
+            return True
+        connection, size = self._connection, len(data) + 5
+        if (
+            size > self.window
+            or size > connection.window
+            or size > h2.FRAME_BYTES_MAX
+            or connection.paused
+            or self._writing is not None
+        ):
+            return False
+        self._begin()
+        self.window -= size
+        connection.window -= size
+        connection.send(h2.message_frame(self._stream_id, data))
+        return True
 
     async def _write_in_parts(self, data: bytes) -> None:
         connection = self._connection

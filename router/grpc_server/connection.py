@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 
 Headers = Sequence[tuple[bytes, bytes]]
 
+#: More than this of one turn of the loop is not held back, so that a client that does not read stops us soon.
+_TURN_BYTES_MAX = 1 << 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
@@ -39,7 +42,7 @@ class ConnectionLimits:
     #: Then it takes no more calls (GOAWAY), and clients open another: so they spread over routers. 0: for ever.
     age_s_max: float = 0.0
     #: Answers to control frames that a client has not read.
-    unread_answers_max: int = 1 << 20
+    unread_answers_max: int = 1 << 18
 
 
 class Stream(Protocol):
@@ -69,8 +72,23 @@ class _Broken(Exception):
         self.code = code
 
 
+class Connections:
+    """All of a server's."""
+
+    def __init__(self, after_read: Callable[[], None]) -> None:
+        self.after_read = after_read
+        self.open: set[Connection] = set()
+        #: Those that have something to send, in this turn of the loop.
+        self.unsent: list[Connection] = []
+
+    def flush(self) -> None:
+        unsent, self.unsent = self.unsent, []
+        for connection in unsent:
+            connection.flush()
+
+
 class Connection(asyncio.Protocol):
-    def __init__(self, opener: Opener, limits: ConnectionLimits, everyone: set[Connection]) -> None:
+    def __init__(self, opener: Opener, limits: ConnectionLimits, everyone: Connections) -> None:
         self._opener = opener
         self._limits = limits
         #: Less leave than this on one stream is not worth a frame yet.
@@ -91,8 +109,11 @@ class Connection(asyncio.Protocol):
         self._initial_window = h2.WINDOW_DEFAULT
         #: The socket takes no more for now.
         self.paused = False
+        #: Bytes of answers to control frames since it was so.
+        self._answers_unread = 0
         self._room: list[asyncio.Future[None]] = []
         self._out: list[bytes] = []
+        self._out_bytes = 0
         #: Received and not given leave for again.
         self._owed = 0
         #: Of requests, received and not taken by their calls yet.
@@ -108,7 +129,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._everyone.add(self)
+        self._everyone.open.add(self)
         limits = self._limits
         self.send(
             h2.settings(
@@ -126,7 +147,7 @@ class Connection(asyncio.Protocol):
             self._age_timer = self._loop.call_later(age_s, self.go_away, "the connection is old; open another")
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._everyone.discard(self)
+        self._everyone.open.discard(self)
         self._transport = None
         self.lost.set_result(None)
         for timer in (self._timer, self._age_timer):
@@ -141,6 +162,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.paused = False
+        self._answers_unread = 0
         self._wake()
 
     def eof_received(self) -> bool:
@@ -157,14 +179,21 @@ class Connection(asyncio.Protocol):
             _log.exception("internal error")
             self._say_goodbye(h2.INTERNAL_ERROR, "internal error")
             self.close()
+        self._everyone.after_read()
+        self._everyone.flush()
 
     # For calls.
 
     def send(self, data: bytes) -> None:
         """All that is sent in one turn of the loop leaves in one write."""
         if not self._out:
-            self._loop.call_soon(self._flush)
+            if not self._everyone.unsent:
+                self._loop.call_soon(self._everyone.flush)
+            self._everyone.unsent.append(self)
         self._out.append(data)
+        self._out_bytes += len(data)
+        if self._out_bytes > _TURN_BYTES_MAX:
+            self.flush()
 
     @property
     def closed(self) -> bool:
@@ -209,7 +238,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         if self._transport is not None:
             self._transport.close()
 
@@ -219,9 +248,9 @@ class Connection(asyncio.Protocol):
 
     # Out.
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if self._out:
-            data, self._out = b"".join(self._out), []
+            data, self._out, self._out_bytes = b"".join(self._out), [], 0
             if self._transport is not None:
                 self._transport.write(data)
 
@@ -233,9 +262,10 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, data: bytes) -> None:
         """To a control frame."""
-        assert self._transport is not None
-        if self._transport.get_write_buffer_size() > self._limits.unread_answers_max:
-            raise _Broken(h2.ENHANCE_YOUR_CALM, "answers to control frames are not read")
+        if self.paused:
+            self._answers_unread += len(data)
+            if self._answers_unread > self._limits.unread_answers_max:
+                raise _Broken(h2.ENHANCE_YOUR_CALM, "answers to control frames are not read")
         self.send(data)
 
     def _say_goodbye(self, code: int, why: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from router.grpc_server.call import Call, Malformed, Metadata, metadata, timeout_s
-from router.grpc_server.connection import Connection, ConnectionLimits, Headers
+from router.grpc_server.connection import Connection, ConnectionLimits, Connections, Headers
 
 _log = logging.getLogger(__name__)
 
@@ -29,11 +29,18 @@ class _Details(NamedTuple):
 
 
 class GrpcServer:
-    def __init__(self, *, message_bytes_max: int, limits: ConnectionLimits | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        message_bytes_max: int,
+        limits: ConnectionLimits | None = None,
+        after_read: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`after_read` is called when all that a connection brought at a time was handed on."""
         self._message_bytes_max = message_bytes_max
         self._limits = limits or ConnectionLimits()
         self._handlers: list[grpc.GenericRpcHandler] = []
-        self._connections: set[Connection] = set()
+        self._connections = Connections(after_read)
         self._listeners: list[asyncio.Server] = []
         self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
 
@@ -60,11 +67,11 @@ class GrpcServer:
         """Takes no more calls; those that run have so long to end."""
         for listener in self._listeners:
             listener.close()
-        for connection in tuple(self._connections):
+        for connection in tuple(self._connections.open):
             connection.go_away()
-        if open_still := [connection.lost for connection in self._connections]:
+        if open_still := [connection.lost for connection in self._connections.open]:
             await asyncio.wait(open_still, timeout=grace_s or 0.0)
-        for connection in tuple(self._connections):
+        for connection in tuple(self._connections.open):
             connection.abort()
 
     def _connection(self) -> Connection:

@@ -86,6 +86,43 @@ async def test_a_reader_that_waits_is_woken() -> None:
         first = tasks.create_task(anext(made))
         await asyncio.sleep(0)
         made.put(Tokens((7,)))
+        made.arrived()
+    assert first.result() == Tokens((7,), ())
+
+
+async def test_a_waiting_readers_tokens_are_taken_at_once_and_the_end_is_its_own() -> None:
+    made, _ = stream()
+    taken: list[Tokens] = []
+
+    def take() -> bool:
+        taken.append(made.take())
+        return True
+
+    made.at_once(take)
+    made.put(Tokens((1,)))
+    made.arrived()
+    assert taken == []  # nobody waits yet: the reader will look by itself
+    assert await anext(made) == Tokens((1,), ())
+    async with asyncio.TaskGroup() as tasks:
+        last = tasks.create_task(anext(made))
+        await asyncio.sleep(0)
+        for token_id in (2, 3):
+            made.put(Tokens((token_id,)))
+            made.arrived()
+        assert taken == [Tokens((2,), ()), Tokens((3,), ())]
+        made.put(END)
+        made.arrived()
+    assert last.result() is END
+
+
+async def test_what_is_not_taken_at_once_wakes_the_reader() -> None:
+    made, _ = stream()
+    made.at_once(lambda: False)
+    async with asyncio.TaskGroup() as tasks:
+        first = tasks.create_task(anext(made))
+        await asyncio.sleep(0)
+        made.put(Tokens((7,)))
+        made.arrived()
     assert first.result() == Tokens((7,), ())
 
 
