@@ -58,7 +58,7 @@ class TestLoad:
         }
         call = router.generate(text="x", sampling=sampling())
         await decode.wait_for("decode")
-        busy = await until(stream, lambda report: report.application_utilization > 0)
+        busy = await until(stream, lambda report: report.named_metrics["decode_utilization"] > 0)
         assert busy.application_utilization == busy.named_metrics["decode_utilization"] == 1 / 8
         call.cancel()
 
