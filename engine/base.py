@@ -261,6 +261,8 @@ class EngineOptions:
     dtype: str = "auto"
     #: "auto", "cpu" or "cuda".
     device: str = "auto"
+    #: Threads that compute on a CPU. 0: what OMP_NUM_THREADS says, or one; `tandem up` shares this machine's cores out.
+    cpu_threads: int = 0
     seed: int = 0
     #: Sim engine: a row of engine/step_time.py ("h200-llama-3.1-8b", ...), and how much faster than real; 0 waits for
     #: nothing.

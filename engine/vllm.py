@@ -92,7 +92,7 @@ class VllmEngine:
         try:
             revision, eos_token_ids = await asyncio.to_thread(_read_model_dir, Path(self._options.model))
             ready = self._ready = asyncio.get_running_loop().create_future()
-            self._process = await _EngineProcess.start(self._options.device, self._handle, self._exited)
+            self._process = await _EngineProcess.start(self._options, self._handle, self._exited)
             self._process.send(
                 wire.Launch(
                     options=self._options,
@@ -349,12 +349,12 @@ class _EngineProcess(asyncio.Protocol):
 
     @classmethod
     async def start(
-        cls, device: str, handle: Callable[[wire.FromEngine], None], exited: Callable[[str], None]
+        cls, options: EngineOptions, handle: Callable[[wire.FromEngine], None], exited: Callable[[str], None]
     ) -> _EngineProcess:
         """`exited` is told, once, how the process ended."""
         ours, theirs = socket.socketpair()
         with theirs:
-            child = _spawn(theirs, device)
+            child = _spawn(theirs, options)
         process = cls(child, handle)
         loop, pidfd = asyncio.get_running_loop(), os.pidfd_open(child.pid)
 
@@ -399,9 +399,9 @@ class _EngineProcess(asyncio.Protocol):
             self._transport.close()
 
 
-def _spawn(end: socket.socket, device: str) -> subprocess.Popen[bytes]:
+def _spawn(end: socket.socket, options: EngineOptions) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-P", "-m", "engine.vllm_process", str(end.fileno())]
-    return subprocess.Popen(command, pass_fds=(end.fileno(),), stdin=subprocess.DEVNULL, env=_environment(device))
+    return subprocess.Popen(command, pass_fds=(end.fileno(),), stdin=subprocess.DEVNULL, env=_environment(options))
 
 
 def _exit_words(code: int) -> str:
@@ -410,7 +410,7 @@ def _exit_words(code: int) -> str:
     return f"exited with {code}; the log says why"
 
 
-def _environment(device: str) -> dict[str, str]:
+def _environment(options: EngineOptions) -> dict[str, str]:
     """What vLLM and the libraries below it read. What somebody has set stays, but for what the engine's shape depends
     on."""
     told = dict(os.environ)
@@ -421,10 +421,10 @@ def _environment(device: str) -> dict[str, str]:
     told.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     told.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     told.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if device != "cuda":
+    if options.device != "cuda":
         told.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the KV cache's size
         told.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        told.setdefault("OMP_NUM_THREADS", "1")
+        told.setdefault("OMP_NUM_THREADS", str(options.cpu_threads or 1))
         # The first request for log probabilities would wait, and all others with it, for a small function to compile.
         told.setdefault("TORCHDYNAMO_DISABLE", "1")
     libraries = Path(sys.prefix, "lib", "tandem-native")

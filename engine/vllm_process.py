@@ -17,7 +17,7 @@ What vLLM leaves to its caller, and is done here or by the connector (`kv_transf
   another request of death.
 
 The CPU's traps (measured; two engines on two cores ran at 0.4 tokens/s with the defaults): thread binding would put
-all engines of a machine on the same cores, so it is off, with one thread unless OMP_NUM_THREADS says otherwise. AMX
+all engines of a machine on the same cores, so it is off, and each engine has threads of its own (`cpu_threads`). AMX
 needs a permission that vLLM does not ask for, see the connector. The KV cache has the size it is told, not a share of
 the machine.
 """

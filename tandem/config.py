@@ -124,6 +124,7 @@ _ENGINE_RANGES: Mapping[str, tuple[float, float]] = {
     "kv_cache_bytes": (1 << 20, 1 << 50),
     "staging_bytes": (1 << 16, 1 << 50),
     "max_running": (1, 65_536),
+    "cpu_threads": (0, 1024),
     "max_batched_tokens": (1, 1 << 20),
     "max_model_len": (2, 1 << 24),
     "seed": (0, 2**63 - 1),

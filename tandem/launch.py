@@ -81,7 +81,7 @@ def plan(config: Config, state_dir: Path, prompts: Sequence[str]) -> Iterator[Pl
             for number in range(count):
                 name = f"{role.value}-{number}"
                 worker = config.worker(worker_id=name, role=role, routers=(workers_address,), secret=secret)
-                specs.append(_worker_spec(worker, run_dir))
+                specs.append(_worker_spec(_with_threads(worker, cluster), run_dir))
         yield Plan(
             specs=specs,
             policy=config.supervisor,
@@ -147,6 +147,13 @@ def _is_router(router: RouterConfig, tls: TlsFiles) -> bool:
 
 def _router_spec(router: RouterConfig, run_dir: Path) -> ChildSpec:
     return _spec(ROUTER, "router", router_to_json(router), run_dir, group=ROUTER, stop_stage=0)
+
+
+def _with_threads(worker: WorkerConfig, cluster: ClusterConfig) -> WorkerConfig:
+    """Every engine its part of the cores: more threads than those would wait for each other."""
+    options, workers = worker.engine_options, cluster.prefill_workers + cluster.decode_workers
+    threads = options.cpu_threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    return dataclasses.replace(worker, engine_options=dataclasses.replace(options, cpu_threads=threads))
 
 
 def _worker_spec(worker: WorkerConfig, run_dir: Path) -> ChildSpec:
