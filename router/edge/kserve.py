@@ -29,7 +29,7 @@ from router.port import ModelView
 
 SERVICE = "inference.GRPCInferenceService"
 
-Context = Call
+Context = grpc.aio.ServicerContext[bytes, bytes] | Call
 
 
 class KServeEdge:
@@ -231,7 +231,8 @@ class _Stream:
             await self._context.write(data)
 
     def _write_now(self, data: bytes) -> bool:
-        return not self._turn.locked() and self._context.write_now(data)
+        context = self._context
+        return not self._turn.locked() and isinstance(context, Call) and context.write_now(data)
 
 
 class Begun(NamedTuple):

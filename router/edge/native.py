@@ -13,6 +13,8 @@ from router.grpc_server.call import Call
 
 SERVICE = "tandem.v1.Inference"
 
+Context = grpc.aio.ServicerContext[bytes, bytes] | Call
+
 
 class NativeEdge:
     def __init__(self, generator: Generator, loads: LoadReports) -> None:
@@ -29,14 +31,14 @@ class NativeEdge:
             },
         )
 
-    async def _list_models(self, data: bytes, context: Call) -> bytes:
+    async def _list_models(self, data: bytes, context: Context) -> bytes:
         async def models() -> bytes:
             wire.list_models_request(data)
             return wire.models(await self._generator.models_for(_presented(context))).SerializeToString()
 
         return await answer(context, models)
 
-    async def _generate(self, data: bytes, context: Call) -> None:
+    async def _generate(self, data: bytes, context: Context) -> None:
         """Writes by the context rather than yielding, so that `finally` runs the moment the client is gone."""
 
         async def generate() -> None:
@@ -66,7 +68,7 @@ class NativeEdge:
 
             def say(part: Part) -> bool:
                 delta = written(part)
-                return not delta or context.write_now(delta)
+                return not delta or (isinstance(context, Call) and context.write_now(delta))
 
             try:
                 async for part in stream.parts(say):
@@ -83,5 +85,5 @@ class NativeEdge:
         await answer(context, generate)
 
 
-def _presented(context: Call) -> Presented:
+def _presented(context: Context) -> Presented:
     return presented(context.invocation_metadata(), context.auth_context(), peer=context.peer())
