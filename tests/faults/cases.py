@@ -59,8 +59,8 @@ SETTINGS = (
 ENGINE_SETTINGS = {
     "sim": (
         "engine.speedup=5",
-        "engine.kv_cache_bytes=64MiB",
-        "engine.staging_bytes=32MiB",
+        "engine.kv_cache_bytes=24MiB",
+        "engine.staging_bytes=16MiB",
         "engine.max_batched_tokens=256",
     ),
     "vllm": (
@@ -70,7 +70,7 @@ ENGINE_SETTINGS = {
         "engine.staging_bytes=8MiB",
         "engine.max_running=16",
         "worker.decode.legs=16",
-        "engine.max_batched_tokens=128",
+        "engine.max_batched_tokens=512",
     ),
 }
 
