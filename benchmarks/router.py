@@ -157,7 +157,6 @@ def kserve_job(address: str, texts: Sequence[str]) -> Job:
         bodies=[body(text) for text in texts],
         in_flight=1,
         duration_s=1,
-        messages_min=ANSWER_TOKENS // 8,
     )
 
 
