@@ -23,6 +23,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from engine import vllm_wire as wire
 from engine.base import (
@@ -377,8 +378,7 @@ class _EngineProcess(asyncio.Protocol):
         self._transport.write(wire.frame((message,)))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are not derived from it
 
     def data_received(self, data: bytes) -> None:
         for message in self._frames.feed(data):
