@@ -106,6 +106,7 @@ async def test_an_engine_that_cannot_start_says_why_and_leaves_nothing(tmp_path:
 
 WORKER = """
 import asyncio
+import uvloop
 from engine.vllm import VllmEngine
 from tests.vllm.harness import core_pid, options
 
@@ -116,7 +117,7 @@ async def main() -> None:
     await asyncio.sleep(600)
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())  # as workers do
 """
 
 
