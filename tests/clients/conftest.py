@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """With vLLM's engine API at its workers."""
     engine_api = ("--set", "worker.engine_listen=127.0.0.1:0")
-    with cluster(tmp_path_factory.mktemp("clients"), "sim", *PACE["sim"], *engine_api) as running:
+    with cluster(tmp_path_factory.mktemp("clients"), "sim", *PACE["sim"], "--http-port", "0", *engine_api) as running:
         running.wait_ready()
         yield running
 

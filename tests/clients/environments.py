@@ -21,6 +21,11 @@ VERSIONS = {
     "smg-grpc-proto": "0.4.28",
     "xds-protos": "1.85.0",
     "buf-bin": "1.75.0",
+    "aiperf": "0.13.0",
+    "locust": "2.47.0",
+    "grpcio": "1.85.1",
+    "protobuf": "7.36.2",
+    "googleapis-common-protos": "1.76.0",
 }
 
 
