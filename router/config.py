@@ -166,6 +166,8 @@ class RouterConfig:
     port: int = 50051
     #: host:port for workers alone, so that networks can keep others away from it; port 0 takes any free one.
     worker_listen: str = ""
+    #: Ours, made for many streams of small messages, or gRPC's own.
+    grpc_server: Literal["tandem", "grpcio"] = "tandem"
     #: Prometheus metrics over HTTP; None serves none, 0 takes any free port.
     metrics_port: int | None = None
     #: OpenAI's protocol over HTTP, and metrics; None serves none, 0 takes any free port.
@@ -257,6 +259,11 @@ class RouterConfig:
         host = self.worker_listen.rpartition(":")[0] if self.worker_listen else self.host
         if self.auth.mode == "certificates" and not (self.tls.serves and self.tls.ca):
             return ["tls.ca: must say who vouches for callers, with auth.mode certificates"]
+        if self.grpc_server == "grpcio":  # whose server asks for certificates when it insists on them, or not at all
+            if self.auth.mode == "certificates" and not self.tls.require_client_cert:
+                return ["tls.require_client_cert: must be true, with auth.mode certificates and grpc_server grpcio"]
+            if self.worker_certificates and not tls.require_client_cert:
+                return ["require_client_cert: must be true, with worker_certificates and grpc_server grpcio"]
         if self.worker_certificates and not (tls.serves and tls.ca):
             return ["worker_certificates: needs a port that knows who vouches for them (tls.cert, tls.key, tls.ca)"]
         if self.join_key or self.worker_certificates or (self.auth.mode == "none" and is_loopback(host)):

@@ -44,6 +44,7 @@ from router.edge.vllm_engine import VllmEngineEdge
 from router.edge.vllm_engine_wire import Model
 from router.grpc_server.connection import ConnectionLimits
 from router.grpc_server.server import GrpcServer
+from router.grpc_server.stock import StockServer
 from router.joining import Gate
 from router.links import Links
 from router.metering.keeper import Keeper
@@ -143,14 +144,7 @@ async def serve(
     )
     health = health_aio.HealthServicer()
 
-    connections = ConnectionLimits(age_s_max=config.connection_age_s_max)
-
-    def grpc_server() -> GrpcServer:
-        return GrpcServer(
-            message_bytes_max=config.requests.message_bytes_max, limits=connections, after_read=shell.deliver
-        )
-
-    server = grpc_server()
+    server = _grpc_server(config, shell)
     server.add_generic_rpc_handlers((edge.handlers(), operators.handlers(), *(one.handlers() for one in foreign)))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     services = (*CLIENTS, control.SERVICE, orca.SERVICE, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -159,7 +153,7 @@ async def serve(
     port = _bind(server, "port", config.host, config.port, access.tls)
     servers, worker_port = [server], None
     if config.worker_listen:
-        servers.append(grpc_server())
+        servers.append(_grpc_server(config, shell))
         health_pb2_grpc.add_HealthServicer_to_server(health, servers[-1])
         host, _, asked = config.worker_listen.rpartition(":")
         worker_port = _bind(servers[-1], "worker_listen", host, int(asked), access.worker_tls)
@@ -225,9 +219,18 @@ async def serve(
         keeper.close()
 
 
-def _bind(server: GrpcServer, key: str, host: str, port: int, tls: Tls | None) -> int:
+def _grpc_server(config: RouterConfig, shell: Shell) -> GrpcServer | StockServer:
+    message_bytes_max, age_s_max = config.requests.message_bytes_max, config.connection_age_s_max
+    if config.grpc_server == "grpcio":
+        return StockServer(message_bytes_max=message_bytes_max, age_s_max=age_s_max)
+    return GrpcServer(
+        message_bytes_max=message_bytes_max, limits=ConnectionLimits(age_s_max=age_s_max), after_read=shell.deliver
+    )
+
+
+def _bind(server: GrpcServer | StockServer, key: str, host: str, port: int, tls: Tls | None) -> int:
     try:
-        return server.bind(host, port, None if tls is None else lambda: tls.server_context("h2"))
+        return server.bind(host, port, tls)
     except OSError as error:
         raise PortTaken(f"{key}: {host}:{port} can't be listened on; is another router up there? ({error})") from None
 
@@ -263,7 +266,7 @@ async def _report_health(health: health_aio.HealthServicer, shell: Shell, core: 
 
 
 async def _stop(
-    servers: Sequence[GrpcServer],
+    servers: Sequence[GrpcServer | StockServer],
     health: health_aio.HealthServicer,
     shell: Shell,
     links: Links,

@@ -15,6 +15,7 @@ import grpc
 
 from router.grpc_server.call import Call, Malformed, Metadata, metadata, timeout_s
 from router.grpc_server.connection import Connection, ConnectionLimits, Connections, Headers
+from trust.tls import Tls
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ class GrpcServer:
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, object]) -> None:
         """gRPC's own shortcut to the same handlers."""
 
-    def bind(self, host: str, port: int, tls: Callable[[], ssl.SSLContext] | None = None) -> int:
-        """The port that is listened on once the server starts. Raises OSError. `tls` is asked for each connection."""
+    def bind(self, host: str, port: int, tls: Tls | None = None) -> int:
+        """The port that is listened on once the server starts. Raises OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host.strip("[]"), port), family=family, backlog=1024)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio sets it for its own only
@@ -135,18 +136,13 @@ class GrpcServer:
             call.serve(task, handler.request_deserializer, handler.response_serializer)
 
 
-def _renewing(tls: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-    """A context that each handshake replaces by a new one, as certificates are renewed while the server runs."""
-
-    def fresh() -> ssl.SSLContext:
-        context = tls()
-        context.set_alpn_protocols(["h2"])
-        return context
+def _renewing(tls: Tls) -> ssl.SSLContext:
+    """A context that each handshake replaces by the newest, as certificates are renewed while the server runs."""
 
     def renew(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        connection.context = fresh()
+        connection.context = tls.server_context("h2")
 
-    first = fresh()
+    first = tls.server_context("h2")
     first.sni_callback = renew
     return first
 

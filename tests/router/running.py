@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -239,6 +240,7 @@ async def running(
         "shutdown_grace_s": 0.0,
         "load_report_interval_s": 0.05,
         "join_key": JOIN_KEY,
+        "grpc_server": os.environ.get("TANDEM_TEST_GRPC_SERVER", "tandem"),
         **changes,
     }
     config = RouterConfig(
