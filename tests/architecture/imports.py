@@ -35,7 +35,8 @@ ONLY_IN = {
     "ucxx": ("kv_transfer/",),
 }
 
-#: Where protobuf's messages may be seen: a package's wire.py, one for each further protocol (*_wire.py), and the ends of services that are hardly more than wire.
+#: Where protobuf's messages may be seen: a package's wire.py, one for each further protocol (*_wire.py), and the ends
+#: of services that are hardly more than wire.
 SEES_MESSAGES = ("kv_transfer/peer.py", "router/edge/reflection.py")
 
 #: A core is told the time and what happened, and answers with what it wants done.

@@ -98,7 +98,7 @@ class _Service(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlSer
 def serving(script: Script, *, interceptors: Sequence[grpc.ServerInterceptor] = ()) -> Iterator[Script]:
     with ThreadPoolExecutor(8) as pool:
         server = grpc.server(pool, interceptors=list(interceptors), options=[("grpc.so_reuseport", 0)])
-        service = _Service(script)
+        service = _Service(script)  # type: ignore[abstract]  # what it lacks is UNIMPLEMENTED, as in any server
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
         control_pb2_grpc.add_ControlServicer_to_server(service, server)
         script.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"

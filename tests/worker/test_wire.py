@@ -136,7 +136,7 @@ def test_decode_order() -> None:
     ],
 )
 def test_the_form_of_an_answer_is_read(said: dict[str, object], structure: Structure | None) -> None:
-    sampling = inference_pb2.Sampling(max_tokens=1, structure=said, logit_bias={5: 0.5})  # type: ignore[arg-type]
+    sampling = inference_pb2.Sampling(max_tokens=1, structure=said, logit_bias={5: 0.5})
     order = worker_link_pb2.PrefillOrder(leg_id="a", token_ids=[1], sampling=sampling, timeout_s=1)
     message = read(prefill=order)
     assert isinstance(message, PrefillOrder)
