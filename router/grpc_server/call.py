@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import zlib
 from base64 import b64decode, b64encode
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote_from_bytes
@@ -57,6 +56,7 @@ class Call:
         whole: Callable[[Call], None],
     ) -> None:
         """`whole` is called when the request has ended, or can't be read."""
+        #: What may be sent, less the connection's `initial_window`.
         self.window = 0
         self.half_closed = False
         #: The status was said, or nobody is there to hear it.
@@ -76,16 +76,21 @@ class Call:
         self._code = grpc.StatusCode.OK
         self._details = ""
         # Of the request.
-        self._part = b""
-        self._messages: deque[bytes] = deque()
-        self._unread = 0
+        #: As it came. Messages are cut from it, and unpacked, when the handler takes them: so what waits is as large
+        #: as what was sent, whatever it would become.
+        self._request = bytearray()
+        #: A whole message is in it.
+        self._ready = False
+        #: Received, and no leave given for more.
         self._ungranted = 0
         self._came: asyncio.Future[None] | None = None
         self._at_once: Callable[[Any], None] | None = None
         self._fault: Exception | None = None
         self._broken: Malformed | None = None
         # Of the answer, while there is no room for it.
-        self._writing: asyncio.Lock | None = None
+        self._writers = 0
+        self._turn: asyncio.Lock | None = None
+        self._leave: asyncio.Future[None] | None = None
         loop = asyncio.get_running_loop()
         self._deadline = None if timeout_s is None else loop.time() + min(timeout_s, _TIMEOUT_S_MAX)
         self._timer = None if self._deadline is None else loop.call_at(self._deadline, self._expire)
@@ -104,50 +109,59 @@ class Call:
     # The connection's side.
 
     def received(self, data: bytes, *, end: bool) -> None:
-        if self._broken is not None:
-            self._connection.unread -= len(data)
-            return
-        self._unread += len(data)
         self._ungranted += len(data)
-        try:
-            self._split(self._part + data if self._part else data)
-            if end and self._part:
-                raise Malformed(grpc.StatusCode.INVALID_ARGUMENT, "the request ended in the middle of a message")
-        except Malformed as error:
-            self._broken = error
+        if self._ungranted > self._connection.stream_window:
+            self._connection.reset(self._stream_id, h2.FLOW_CONTROL_ERROR)
+            self.cancel()
+            return
         self.half_closed = end
+        if self._broken is None:
+            self._request += data
+            self._connection.unread += len(data)
+            self._look()
         if end or self._broken is not None:
             self._whole(self)
-        elif not self._messages:
-            self._grant(self._connection.grant_bytes)
         if self._came is not None and not self._came.done() and not self._gave():
             self._came.set_result(None)
+
+    def _look(self) -> None:
+        """Whether the next message is whole, or will never be."""
+        request = self._request
+        size = 5 + int.from_bytes(request[1:5]) if len(request) >= 5 else 5
+        self._ready = len(request) >= size
+        if size - 5 > self._message_bytes_max:
+            why = f"Received message larger than max ({size - 5} vs. {self._message_bytes_max})"
+            self._break(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
+        elif self._ready:
+            pass
+        elif self.half_closed:
+            if request:
+                self._break(grpc.StatusCode.INVALID_ARGUMENT, "the request ended in the middle of a message")
+        elif self._connection.is_crammed:
+            self._break(grpc.StatusCode.RESOURCE_EXHAUSTED, "too much of this connection's requests waits to be whole")
+        else:
+            self._grant(self._connection.grant_bytes)
+
+    def _break(self, code: grpc.StatusCode, why: str) -> None:
+        self._broken = Malformed(code, why)
+        self._ready = False
+        self._drop()
+
+    def _drop(self) -> None:
+        self._connection.unread -= len(self._request)
+        self._request.clear()
 
     def _gave(self) -> bool:
         """Whether all that came was taken at once."""
         if self._at_once is None or self.half_closed or self._broken is not None:
             return False
         try:
-            while self._messages:
+            while self._ready:
                 self._at_once(self._take())
         except Exception as fault:  # the handler's, who waits; not the connection's
             self._fault = fault
             return False
         return True
-
-    def _split(self, data: bytes) -> None:
-        at = 0
-        while len(data) - at >= 5:
-            size = int.from_bytes(data[at + 1 : at + 5])
-            if size > self._message_bytes_max:
-                why = f"Received message larger than max ({size} vs. {self._message_bytes_max})"
-                raise Malformed(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
-            if len(data) - at - 5 < size:
-                break
-            message = data[at + 5 : at + 5 + size]
-            self._messages.append(self._decompressed(message) if data[at] else message)
-            at += 5 + size
-        self._part = data[at:]
 
     def _decompressed(self, message: bytes) -> bytes:
         if self._encoding not in _WINDOW_BITS:
@@ -162,6 +176,11 @@ class Call:
         if not inflate.eof:
             raise Malformed(grpc.StatusCode.RESOURCE_EXHAUSTED, "a message is too large when decompressed, or cut off")
         return plain
+
+    def may_send(self) -> None:
+        """There may be leave to."""
+        if self._leave is not None and not self._leave.done() and self.window + self._connection.initial_window > 0:
+            self._leave.set_result(None)
 
     def cancel(self) -> None:
         """The client has left."""
@@ -188,8 +207,7 @@ class Call:
         self.over = True
         if self._timer is not None:
             self._timer.cancel()
-        self._connection.unread -= self._unread
-        self._unread = 0
+        self._drop()
         self._grant()
         self._connection.forget(self._stream_id)
 
@@ -197,16 +215,22 @@ class Call:
         """Of a request that is whole. Raises Malformed."""
         if self._broken is not None:
             raise self._broken
-        if len(self._messages) != 1:
-            raise Malformed(grpc.StatusCode.UNIMPLEMENTED, f"one message is expected, {len(self._messages)} came")
-        return self._take()
+        if not self._ready:
+            raise Malformed(grpc.StatusCode.UNIMPLEMENTED, "one message is expected, none came")
+        message = self._take()
+        if self._request or self._broken is not None:
+            raise Malformed(grpc.StatusCode.UNIMPLEMENTED, "one message is expected, more came")
+        return message
 
     def _take(self) -> object:
-        message = self._messages.popleft()
-        if not self._messages:
-            self._connection.unread -= self._unread - len(self._part)
-            self._unread = len(self._part)
-            self._grant(self._connection.grant_bytes)
+        """Raises Malformed."""
+        size = 5 + int.from_bytes(self._request[1:5])
+        packed, message = self._request[0], bytes(self._request[5:size])
+        del self._request[:size]
+        self._connection.unread -= size
+        self._look()
+        if packed:
+            message = self._decompressed(message)
         try:
             return self._deserialize(message)
         except Exception:
@@ -224,9 +248,18 @@ class Call:
                 said.append((b"grpc-message", quote_from_bytes(details.encode(), safe=_PLAIN).encode()))
             block = h2.header_block((*said, *map(_field, metadata)))
         connection, stream_id = self._connection, self._stream_id
-        connection.send(h2.headers(stream_id, block if self._began else _BEGIN + block, end=True))
+        connection.send_headers(stream_id, block if self._began else _BEGIN + block, end=True)
         if not self.half_closed:  # it need not send the rest
             connection.reset(stream_id, h2.NO_ERROR)
+
+    def say_http_status(self, status: bytes) -> None:
+        """To who does not speak gRPC."""
+        if not self.over:
+            self.over = self._began = True
+            block = h2.header_block(((b":status", status),))
+            self._connection.send_headers(self._stream_id, block, end=True)
+            if not self.half_closed:
+                self._connection.reset(self._stream_id, h2.NO_ERROR)
 
     def finish(self) -> None:
         self.say_status(self._code, self._details, self._trailing)
@@ -237,7 +270,7 @@ class Call:
         return self
 
     async def __anext__(self) -> object:
-        while not self._messages:
+        while not self._ready:
             if self._fault is not None:
                 raise self._fault
             if self._broken is not None:
@@ -272,11 +305,11 @@ class Call:
             return True
         connection, size = self._connection, len(data) + 5
         if (
-            size > self.window
+            size > self.window + connection.initial_window
             or size > connection.window
             or size > h2.FRAME_BYTES_MAX
-            or connection.paused
-            or self._writing is not None
+            or connection.is_crowded
+            or self._writers
         ):
             return False
         self._begin()
@@ -286,14 +319,26 @@ class Call:
         return True
 
     async def _write_in_parts(self, data: bytes) -> None:
+        if self._turn is None:
+            self._turn = asyncio.Lock()
+        self._writers += 1
+        try:
+            async with self._turn:
+                await self._write_parts(data)
+        finally:
+            self._writers -= 1
+
+    async def _write_parts(self, data: bytes) -> None:
         connection = self._connection
-        if self._writing is None:
-            self._writing = asyncio.Lock()
-        async with self._writing:
-            self._begin()
-            at = 0
+        self._begin()
+        at = 0
+        try:
             while at < len(data) and not self.over:
-                room = min(self.window, connection.window, h2.FRAME_BYTES_MAX)
+                leave = self.window + connection.initial_window
+                if leave <= 0:
+                    await self._leave_to_send()
+                    continue
+                room = min(leave, connection.window, h2.FRAME_BYTES_MAX)
                 if room <= 0 or connection.paused:
                     await connection.room()
                     continue
@@ -302,8 +347,17 @@ class Call:
                 self.window -= len(part)
                 connection.window -= len(part)
                 connection.send(h2.frame(h2.DATA, 0, self._stream_id, part))
-        if not self._writing.locked():
-            self._writing = None
+        except asyncio.CancelledError:
+            if at and not self.over:  # whatever followed would be taken for the rest of this message
+                self.over = True
+                connection.reset(self._stream_id, h2.CANCEL)
+            raise
+        connection.wake()
+
+    async def _leave_to_send(self) -> None:
+        self._connection.wake()  # others may have it
+        self._leave = asyncio.get_running_loop().create_future()
+        await self._leave
 
     async def send_initial_metadata(self, metadata: Metadata) -> None:
         self._begin(metadata)
@@ -312,7 +366,7 @@ class Call:
         if not self._began and not self.over:
             self._began = True
             block = _BEGIN + h2.header_block(map(_field, metadata)) if metadata else _BEGIN
-            self._connection.send(h2.headers(self._stream_id, block))
+            self._connection.send_headers(self._stream_id, block)
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
         self.say_status(code, details, trailing_metadata or self._trailing)
@@ -363,7 +417,8 @@ def metadata(fields: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str | byt
         text = name.decode("ascii", "replace")
         if text.endswith("-bin"):
             try:
-                found.append((text, b64decode(value + b"=" * (-len(value) % 4), validate=True)))
+                for one in value.split(b","):
+                    found.append((text, b64decode(one + b"=" * (-len(one) % 4), validate=True)))
             except ValueError:
                 raise Malformed(grpc.StatusCode.INVALID_ARGUMENT, f"metadata {text} is not base64") from None
         else:

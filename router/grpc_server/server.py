@@ -9,6 +9,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
 import grpc
@@ -93,16 +94,19 @@ class GrpcServer:
         encoding = fields.get(b"grpc-encoding", b"").decode("latin-1")
         if encoding not in _ENCODINGS:
             refusal = Malformed(grpc.StatusCode.UNIMPLEMENTED, f"grpc-encoding {encoding[:40]!r} is not supported")
-        if not fields.get(b"content-type", b"").startswith(b"application/grpc") or fields.get(b":method") != b"POST":
-            refusal = Malformed(grpc.StatusCode.INVALID_ARGUMENT, "this is not a call of gRPC")
         path = fields.get(b":path", b"").decode("latin-1")
         handler = None
         if refusal is None and (handler := self._handler(path, said)) is None:
             refusal = Malformed(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {path[:200]!r} here")
 
+        not_grpc = _http_refusal(fields)
+
         def run(call: Call) -> None:
-            if call.task is None:
-                self._run(call, handler, refusal)
+            if call.task is not None:
+                return
+            if not_grpc:
+                call.say_http_status(not_grpc)
+            self._run(call, handler, refusal)
 
         call = Call(
             connection,
@@ -115,7 +119,7 @@ class GrpcServer:
         )
         if end:
             call.half_closed = True
-        if end or refusal is not None or (handler is not None and handler.request_streaming):
+        if end or refusal is not None or not_grpc or (handler is not None and handler.request_streaming):
             run(call)
         return call
 
@@ -134,6 +138,14 @@ class GrpcServer:
         else:
             task = loop.create_task(_serve(call, handler))
             call.serve(task, handler.request_deserializer, handler.response_serializer)
+
+
+def _http_refusal(fields: Mapping[bytes, bytes]) -> bytes:
+    """The HTTP status for what is no call of gRPC; empty for one that is."""
+    if fields[b":method"] != b"POST":
+        return b"405"
+    kind = fields.get(b"content-type", b"").partition(b";")[0].strip()
+    return b"" if kind.partition(b"+")[0] == b"application/grpc" else b"415"
 
 
 def _renewing(tls: Tls) -> ssl.SSLContext:
@@ -171,8 +183,9 @@ async def _answer(call: Call, handler: Any) -> None:
     behaviour = _behaviour(handler)
     answers = behaviour(request, call)
     if inspect.isasyncgen(answers):
-        async for answer in answers:
-            await call.write(answer)
+        async with aclosing(answers):
+            async for answer in answers:
+                await call.write(answer)
         return
     answer = await answers
     if not handler.response_streaming:
