@@ -4,6 +4,9 @@ All topologies stand behind the same router and native gRPC edge, on the same co
 measurement. Rounds are interleaved, so that a busy minute of the machine hurts all of them alike. Prompts are random
 and new, so no prefix cache helps; sampling is greedy and EOS is ignored, so every answer has its full length.
 
+vLLM's own pair with NixlConnector (nixl_pair.py) is measured last, when the others have gone: each of its engines keeps
+a core busy while it has nothing to do. It is so slow that it gets few requests.
+
     make bench-handoff                     # vLLM and the shipped model
     make bench-handoff ARGS="--engine sim --rounds 1"
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,9 +24,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import uvloop
 
-from benchmarks.cluster import MODEL, Cluster, cluster, wait_ready
+from benchmarks.cluster import MODEL, Cluster, DidNotStart, cluster, wait_ready
+from benchmarks.nixl_pair import REQUEST_TIMEOUT_S, CannotInstall, NixlPair, nixl_pair
+from benchmarks.nixl_pair import wait_ready as wait_pair_ready
 from benchmarks.report import Check, Row, at_least, at_most, environment, percentile, report
 from engine.base import EngineOptions
 from tandem import AsyncClient
@@ -52,6 +59,9 @@ SHAPES = (
     Shape(2048, 64, 4, 16),
     Shape(2048, 64, 8, 24),
 )
+
+NIXL_PAIR = "NixlConnector pair"
+NIXL_SHAPES = (Shape(512, 64, 4, 8), Shape(512, 64, 8, 8))
 
 
 @dataclass(slots=True)
@@ -148,6 +158,12 @@ def checks(rows: Sequence[Row]) -> list[Check]:
             for load, least in ((short, 1.1), (long, 1.0))
             for n in (4, 8)
         ),
+        *(
+            at_least(
+                f"tokens_per_s over the {NIXL_PAIR}, {short} at {n}", ratio(short, n, "tokens_per_s", NIXL_PAIR), 10
+            )
+            for n in (4, 8)
+        ),
         at_most("itl_p99 over two whole, 2048/64 at 4", ratio(long, 4, "itl_ms_p99", "two whole"), 0.25),
     ]
 
@@ -184,6 +200,8 @@ def main() -> None:
             wait_ready(found[name], len(roles))
             print(f"{name}: ready", flush=True)
         measured = uvloop.run(measure(found, arguments.rounds))
+    if arguments.engine == "vllm":
+        measured |= measure_nixl_pair(options, logs)
     rows = [as_row(what, shape, result) for (shape, what), result in measured.items()]
     report("handoff", rows, checks(rows), env)
 
@@ -198,6 +216,48 @@ async def measure(found: Mapping[str, Cluster], rounds: int) -> dict[tuple[Shape
                 await run_round(found[what].address, shape, seed=number, into=measured[shape, what])
                 print(f"round {number + 1}/{rounds} {shape} {what}", flush=True)
     return measured
+
+
+def measure_nixl_pair(options: EngineOptions, logs: Path) -> dict[tuple[Shape, str], Measured]:
+    """Empty if it can't be had; its checks are missed then."""
+    try:
+        with nixl_pair(Path(options.model), logs, options.kv_cache_bytes, options.max_model_len or 4096) as pair:
+            wait_pair_ready(pair)
+            return uvloop.run(nixl_rounds(pair))
+    except (CannotInstall, DidNotStart, httpx.HTTPError) as error:
+        print(f"{NIXL_PAIR}: not measured: {error!r}", file=sys.stderr)
+        return {}
+
+
+async def nixl_rounds(pair: NixlPair) -> dict[tuple[Shape, str], Measured]:
+    measured = {(shape, NIXL_PAIR): Measured() for shape in NIXL_SHAPES}
+    await nixl_round(pair, Shape(512, 8, 1, 2), Measured())
+    for (shape, what), into in measured.items():
+        await nixl_round(pair, shape, into)
+        print(f"{shape} {what}", flush=True)
+    return measured
+
+
+async def nixl_round(pair: NixlPair, shape: Shape, into: Measured) -> None:
+    rng = random.Random(shape.in_flight)
+    prompts = [[rng.randrange(16, 4000) for _ in range(shape.prompt_tokens)] for _ in range(shape.requests)]
+
+    async def client_loop(client: httpx.AsyncClient) -> None:
+        while prompts:
+            sent, came, tokens = time.perf_counter(), [], 0
+            async for count in pair.stream(client, prompts.pop(), shape.answer_tokens):
+                came.append(time.perf_counter())
+                tokens += count
+            assert tokens == shape.answer_tokens
+            into.ttft_s.append(came[0] - sent)
+            into.itl_s += [later - earlier for earlier, later in zip(came, came[1:], strict=False)]
+
+    async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S) as client:
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as scope:
+            for _ in range(shape.in_flight):
+                scope.create_task(client_loop(client))
+        into.tokens_per_s.append(shape.requests * shape.answer_tokens / (time.perf_counter() - began))
 
 
 if __name__ == "__main__":
