@@ -128,7 +128,7 @@ class ExplainRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class RequestStory(_message.Message):
-    __slots__ = ("request_id", "tenant", "model", "lane", "state", "arrived_at", "reason", "error", "retry_after_s", "waited", "placement", "handoff", "ttft_s", "preemptions", "retries", "charge", "lines")
+    __slots__ = ("request_id", "tenant", "model", "lane", "state", "arrived_at", "reason", "error", "retry_after_s", "waited", "placement", "handoff", "ttft_s", "preemptions", "retries", "charge", "lines", "trace_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +146,7 @@ class RequestStory(_message.Message):
     RETRIES_FIELD_NUMBER: _ClassVar[int]
     CHARGE_FIELD_NUMBER: _ClassVar[int]
     LINES_FIELD_NUMBER: _ClassVar[int]
+    TRACE_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     tenant: str
     model: str
@@ -163,7 +164,8 @@ class RequestStory(_message.Message):
     retries: int
     charge: Charge
     lines: _containers.RepeatedCompositeFieldContainer[StoryLine]
-    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., lane: _Optional[str] = ..., state: _Optional[str] = ..., arrived_at: _Optional[float] = ..., reason: _Optional[str] = ..., error: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., waited: _Optional[_Union[Waited, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., ttft_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., retries: _Optional[int] = ..., charge: _Optional[_Union[Charge, _Mapping]] = ..., lines: _Optional[_Iterable[_Union[StoryLine, _Mapping]]] = ...) -> None: ...
+    trace_id: str
+    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., lane: _Optional[str] = ..., state: _Optional[str] = ..., arrived_at: _Optional[float] = ..., reason: _Optional[str] = ..., error: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., waited: _Optional[_Union[Waited, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., ttft_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., retries: _Optional[int] = ..., charge: _Optional[_Union[Charge, _Mapping]] = ..., lines: _Optional[_Iterable[_Union[StoryLine, _Mapping]]] = ..., trace_id: _Optional[str] = ...) -> None: ...
 
 class Waited(_message.Message):
     __slots__ = ("queue_s", "capped_s", "stuck_s", "own_requests", "own_cost", "others_requests", "others_cost", "predicted_s")

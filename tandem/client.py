@@ -302,16 +302,19 @@ class Client:
         request_id: str = "",
         lane: str = "",
         return_token_ids: bool = False,
+        traceparent: str = "",
         **sampling: Unpack[SamplingOptions],
     ) -> Generation:
         """Begins one generation. `prompt` is text or token ids; an empty `model` means the only one served; past
-        `timeout_s` the generation ends with DeadlineExceeded, wherever it is."""
+        `timeout_s` the generation ends with DeadlineExceeded, wherever it is. `traceparent` is that of the caller's
+        W3C trace context; `tandem why` tells the trace."""
         request = wire.generate_request(
             prompt, sampling, model=model, request_id=request_id, lane=lane, return_token_ids=return_token_ids
         )
+        metadata = (*self._metadata, ("traceparent", traceparent)) if traceparent else self._metadata
 
         def start(left_s: float | None) -> _Call:
-            return self._inference.Generate(request, timeout=left_s, metadata=self._metadata)
+            return self._inference.Generate(request, timeout=left_s, metadata=metadata)
 
         return Generation(start, timeout_s, self._retries)
 
@@ -447,15 +450,17 @@ class AsyncClient:
         request_id: str = "",
         lane: str = "",
         return_token_ids: bool = False,
+        traceparent: str = "",
         **sampling: Unpack[SamplingOptions],
     ) -> AsyncGeneration:
         """As `Client.generate`."""
         request = wire.generate_request(
             prompt, sampling, model=model, request_id=request_id, lane=lane, return_token_ids=return_token_ids
         )
+        metadata = (*self._metadata, ("traceparent", traceparent)) if traceparent else self._metadata
 
         def start(left_s: float | None) -> _AsyncCall:
-            return self._inference.Generate(request, timeout=left_s, metadata=self._metadata)
+            return self._inference.Generate(request, timeout=left_s, metadata=metadata)
 
         return AsyncGeneration(start, timeout_s, self._retries)
 

@@ -78,6 +78,8 @@ def request_story(told: RequestStory) -> str:
     """Why a request was served as it was, one line per question."""
     when = datetime.fromtimestamp(told.arrived_at).astimezone().isoformat(" ", "milliseconds")
     rows = [("request", f"{told.request_id} of {told.tenant}, lane {told.lane}, {told.state}"), ("arrived", when)]
+    if told.trace_id:
+        rows.append(("trace", told.trace_id))
     if told.error:
         again = f"; try again in {duration(told.retry_after_s)}" if told.retry_after_s is not None else ""
         rows.append(("because", f"{told.error} ({told.reason}){again}"))

@@ -279,6 +279,8 @@ class RequestStory:
     charge: Charge
     #: (seconds since arrival, what happened)
     lines: tuple[tuple[float, str], ...]
+    #: The W3C trace that the call was part of; empty without one.
+    trace_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -290,6 +290,7 @@ def request_story(message: control_pb2.RequestStory) -> RequestStory:
             cost=charge.cost,
         ),
         lines=tuple((line.at_s, line.what) for line in message.lines),
+        trace_id=message.trace_id,
     )
 
 

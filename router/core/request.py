@@ -87,6 +87,8 @@ class GenerationRequest:
     key_id: str = ""
     lane: Lane = Lane.STANDARD
     cache_salt: bytes = b""
+    #: The caller's trace, as W3C trace context has it; for whoever reads the story.
+    trace_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -290,6 +290,7 @@ class State:
             reserved = Reserved(admitted.prompt_tokens + admitted.output_tokens, admitted.money_micros_max)
         return Story(
             request_id=request.request_id,
+            trace_id=request.trace_id,
             tenant=request.tenant,
             model=request.model,
             lane=request.lane,

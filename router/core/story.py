@@ -46,6 +46,7 @@ class Reserved(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
     request_id: str
+    trace_id: str
     tenant: str
     model: str
     lane: Lane

@@ -212,6 +212,7 @@ class Generator:
             tenant=caller.tenant.id,
             key_id=caller.identity.key_id,
             lane=lane,
+            trace_id=wanted.presented.trace_id,
         )
         return Accepted(request, wanted.asked.stop)
 

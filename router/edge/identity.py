@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from router.refusals import Refusals, source_of
 
 #: Longer ones are nobody's.
 _TOKEN_CHARS_MAX = 8192
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
 class Scope(Enum):
@@ -55,6 +57,8 @@ class Presented:
     certificate_names: tuple[str, ...] = ()
     #: The other end's address, as gRPC names it or plain; empty where that is not known.
     peer: str = ""
+    #: Of the call's W3C trace context (`traceparent`): the trace that it is part of; empty without one that is valid.
+    trace_id: str = ""
 
     @property
     def source(self) -> str:
@@ -213,17 +217,26 @@ def presented(
 ) -> Presented:
     """From a call's metadata or an HTTP request's headers, from gRPC's `auth_context()` or a certificate's `names`, and
     from the other end's address. Raises Unauthenticated."""
-    tokens = {token for name, value in headers or () if (token := _token(name.lower(), value))}
+    headers = tuple(headers or ())
+    tokens = {token for name, value in headers if (token := _token(name.lower(), value))}
     if len(tokens) > 1:
         raise Unauthenticated("CREDENTIALS_AMBIGUOUS", "more than one credential came with the call")
     names = names or certificate_names(auth_context or {})
-    return Presented(next(iter(tokens), ""), names, peer)
+    trace_id = next((_trace_id(value) for name, value in headers if name.lower() == "traceparent"), "")
+    return Presented(next(iter(tokens), ""), names, peer, trace_id)
 
 
 def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
     """Of a verified certificate, from gRPC's `auth_context()`: the URIs (SPIFFE ids) and DNS names that it is for."""
     found = (*auth_context.get("peer_uri", ()), *(name.lower() for name in auth_context.get("peer_dns", ())))
     return tuple(name.decode(errors="replace") for name in found)
+
+
+def _trace_id(value: str | bytes) -> str:
+    """Of a `traceparent` (https://www.w3.org/TR/trace-context); one that is not valid counts as none."""
+    text = value if isinstance(value, str) else value.decode(errors="replace")
+    found = _TRACEPARENT.fullmatch(text.strip())
+    return found[1] if found and int(found[1], 16) else ""
 
 
 def _token(name: str, value: str | bytes) -> str:

@@ -352,6 +352,7 @@ def story(told: Story, arrived_at: float) -> control_pb2.RequestStory:
         preemptions=told.preemptions,
         retries=told.retries,
         lines=[control_pb2.StoryLine(at_s=at_s, what=what) for at_s, what in told.lines],
+        trace_id=told.trace_id,
     )
     if told.placed is not None:
         other = told.placed.runner_up

@@ -44,9 +44,9 @@ class Cluster:
     def client(self, whose: str) -> Client:
         return Client(f"127.0.0.1:{self.router.bound.port}", api_key=self.keys[whose], retries=0)
 
-    async def ask(self, whose: str, request_id: str) -> None:
+    async def ask(self, whose: str, request_id: str, traceparent: str = "") -> None:
         async with AsyncClient(f"127.0.0.1:{self.router.bound.port}", api_key=self.keys[whose], retries=0) as client:
-            options = {"max_tokens": len(ANSWER), "temperature": 0.0}
+            options = {"max_tokens": len(ANSWER), "temperature": 0.0, "traceparent": traceparent}
             await client.generate(PROMPT, request_id=request_id, **options).result()  # type: ignore[arg-type]
 
     async def story(self, whose: str, request_id: str) -> RequestStory:
@@ -113,6 +113,21 @@ class TestStories:
         assert story.retry_after_s is not None
         assert 0 < story.retry_after_s <= 20
         assert (story.placement, story.charge.settled, story.charge.reserved_tokens) == (None, False, 0)
+
+    @pytest.mark.parametrize(
+        ("traceparent", "trace_id"),
+        [
+            (f"00-{'ab' * 16}-{'12' * 8}-01", "ab" * 16),
+            (f"01-{'ab' * 16}-{'12' * 8}-01-of-a-later-version", "ab" * 16),
+            (f"00-{'00' * 16}-{'12' * 8}-01", ""),
+            (f"ff-{'ab' * 16}-{'12' * 8}-01", ""),
+            (f"00-{'ab' * 15}-{'12' * 8}-01", ""),
+            ("x" * 1000, ""),
+        ],
+    )
+    async def test_a_story_names_the_callers_trace(self, cluster: Cluster, traceparent: str, trace_id: str) -> None:
+        await cluster.ask("other", "traced", traceparent)
+        assert (await cluster.story("other", "traced")).trace_id == trace_id
 
     async def test_one_that_waits_says_so(self, cluster: Cluster) -> None:
         worker = await cluster.router.worker("slow", answer=None)
