@@ -201,6 +201,8 @@ class Connection(asyncio.Protocol):
         return False
 
     def data_received(self, data: bytes) -> None:
+        if self.closed:  # TLS may have more of one that is
+            return
         self._heard = True
         try:
             self._parse(self._rest + data if self._rest else data)
