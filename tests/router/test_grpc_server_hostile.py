@@ -106,9 +106,13 @@ class TestFloods:
     async def test_calls_that_are_taken_back_at_once(self) -> None:
         limits = ConnectionLimits(streams_max=100, resets_per_s_max=100)
         async with less_than(8 << 20), by_frames(limits) as (echo, raw):
-            for stream in range(1, 501, 2):
-                raw.send(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, stream, raw.block("Wait"))
-                raw.send(h2.RST_STREAM, 0, stream, RESET)
+            raw.writer.write(
+                b"".join(
+                    h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, stream, raw.block("Wait"))
+                    + h2.frame(h2.RST_STREAM, 0, stream, RESET)
+                    for stream in range(1, 501, 2)
+                )
+            )
             code, why = await raw.goodbye()
             assert (code, why) == (h2.ENHANCE_YOUR_CALM, "calls are taken back too often")
             await until(lambda: echo.running == 0)
@@ -117,9 +121,13 @@ class TestFloods:
         """By what is wrong on their streams alone."""
         limits = ConnectionLimits(streams_max=100, resets_per_s_max=100)
         async with by_frames(limits) as (echo, raw):
-            for stream in range(1, 501, 2):
-                raw.send(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, stream, raw.block("Wait"))
-                raw.send(h2.WINDOW_UPDATE, 0, stream, h2.WINDOW_MAX.to_bytes(4))
+            raw.writer.write(
+                b"".join(
+                    h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, stream, raw.block("Wait"))
+                    + h2.frame(h2.WINDOW_UPDATE, 0, stream, h2.WINDOW_MAX.to_bytes(4))
+                    for stream in range(1, 501, 2)
+                )
+            )
             assert (await raw.goodbye())[0] == h2.ENHANCE_YOUR_CALM
             await until(lambda: echo.running == 0)
 
@@ -135,7 +143,7 @@ class TestFloods:
     async def test_headers_in_many_small_pieces(self, size: int) -> None:
         async with by_frames() as (_, raw):
             raw.send(h2.HEADERS, 0, 1, raw.block("Same"))
-            for _ in range(1_000):
+            for _ in range(64):  # no more: what it leaves unread may cost us its last words
                 raw.send(h2.CONTINUATION, 0, 1, bytes(size))
             assert (await raw.goodbye())[0] == h2.ENHANCE_YOUR_CALM
 
