@@ -178,7 +178,11 @@ class VllmEngine:
         call = self._calls.get(answer.call)
         if call is not None and not call.done():
             call.set_result(answer)
-        elif isinstance(answer, wire.Fetched):  # the cancel crossed it
+        else:  # the cancel crossed it
+            self._unwanted(answer)
+
+    def _unwanted(self, answer: wire.Answer) -> None:
+        if isinstance(answer, wire.Fetched):
             self._send(wire.Discard(answer.staged.staged_id))
 
     async def _call(self, call: int, message: wire.ToEngine, timeout_s: float) -> wire.Answer:
@@ -189,8 +193,12 @@ class VllmEngine:
         try:
             async with asyncio.timeout(timeout_s):
                 answered = await answer
-        except TimeoutError as error:
-            raise LegError(FailureKind.ENGINE, f"the engine process did not answer for {timeout_s:g} s") from error
+        except BaseException as error:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._unwanted(answer.result())  # it came in the moment in which it was given up
+            if isinstance(error, TimeoutError):
+                raise LegError(FailureKind.ENGINE, f"the engine process did not answer for {timeout_s:g} s") from error
+            raise
         finally:
             del self._calls[call]
         if isinstance(answered, wire.Failed):

@@ -50,6 +50,36 @@ async def test_a_prefill_cancelled_when_its_blocks_are_pinned_already(pair: Pair
     assert load.leases_expired_total == expired
 
 
+async def test_a_fetch_given_up_in_the_moment_its_answer_comes_frees_its_pages(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leg = PrefillLeg(
+        leg_id="crossed",
+        tenant="t",
+        token_ids=prompt(300),
+        sampling=LONG,
+        cache_salt=pair.number(),
+        hand_off=True,
+        reader="decode",
+    )
+    handle = (await pair.prefill.prefill(leg)).handle
+    assert handle is not None
+    task: asyncio.Task[object] = asyncio.create_task(pair.decode.fetch(handle, 20.0))
+    take = pair.decode._answered
+
+    def answered(answer: object) -> None:
+        take(answer)  # type: ignore[arg-type]
+        task.cancel()
+
+    monkeypatch.setattr(pair.decode, "_answered", answered)
+    await asyncio.gather(task, return_exceptions=True)
+    monkeypatch.undo()
+    assert task.cancelled()
+    for engine in (pair.prefill, pair.decode):
+        load = await becomes_idle(engine)
+        assert is_idle(load), load
+
+
 async def test_a_decode_that_is_closed_frees_its_blocks(pair: Pair) -> None:
     leg = DecodeLeg(leg_id="closed", tenant="t", token_ids=prompt(300), prompt_tokens=300, sampling=LONG)
     outputs = pair.decode.decode(leg)
