@@ -26,8 +26,8 @@ from router.port import CorePort, ModelView, RequestStream
 
 T = TypeVar("T")
 
-#: Shorter prompts are tokenized in less time than a thread takes to answer.
-_INLINE_CHARS_MAX = 2_000
+#: Shorter prompts are tokenized here: a millisecond at most, and a thread adds a seventh to that.
+_INLINE_CHARS_MAX = 4_000
 #: Of an answer, that are said at once.
 _PART_TOKENS_MAX = 512
 
