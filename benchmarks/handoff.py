@@ -28,7 +28,7 @@ import httpx
 import uvloop
 
 from benchmarks.cluster import MODEL, Cluster, DidNotStart, cluster, wait_ready
-from benchmarks.nixl_pair import REQUEST_TIMEOUT_S, CannotInstall, NixlPair, nixl_pair
+from benchmarks.nixl_pair import REQUEST_TIMEOUT_S, CannotInstall, NixlPair, PairFailed, nixl_pair
 from benchmarks.nixl_pair import wait_ready as wait_pair_ready
 from benchmarks.report import Check, Row, at_least, at_most, environment, percentile, report
 from engine.base import EngineOptions
@@ -224,7 +224,7 @@ def measure_nixl_pair(options: EngineOptions, logs: Path) -> dict[tuple[Shape, s
         with nixl_pair(Path(options.model), logs, options.kv_cache_bytes, options.max_model_len or 4096) as pair:
             wait_pair_ready(pair)
             return uvloop.run(nixl_rounds(pair))
-    except (CannotInstall, DidNotStart, httpx.HTTPError) as error:
+    except (CannotInstall, DidNotStart, PairFailed, httpx.HTTPError) as error:
         print(f"{NIXL_PAIR}: not measured: {error!r}", file=sys.stderr)
         return {}
 
@@ -254,9 +254,7 @@ async def nixl_round(pair: NixlPair, shape: Shape, into: Measured) -> None:
 
     async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S) as client:
         began = time.perf_counter()
-        async with asyncio.TaskGroup() as scope:
-            for _ in range(shape.in_flight):
-                scope.create_task(client_loop(client))
+        await asyncio.gather(*(client_loop(client) for _ in range(shape.in_flight)))
         into.tokens_per_s.append(shape.requests * shape.answer_tokens / (time.perf_counter() - began))
 
 

@@ -39,6 +39,10 @@ class CannotInstall(Exception):
     pass
 
 
+class PairFailed(Exception):
+    """It answered with an error."""
+
+
 @dataclass(frozen=True, slots=True)
 class NixlPair:
     prefill_port: int
@@ -62,7 +66,10 @@ class NixlPair:
             answer.raise_for_status()
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
-                    for choice in json.loads(line[6:])["choices"]:
+                    said = json.loads(line[6:])
+                    if "choices" not in said:
+                        raise PairFailed(line[6:])
+                    for choice in said["choices"]:
                         yield len(choice.get("token_ids") or ())
 
 
