@@ -1,11 +1,11 @@
 """`make bench-isolation`: tenants on one cluster see nothing of each other, whatever fails.
 
 **Blocks.** Thousands of requests of six tenants over one small set of prompts, which tempts caches to share, with
-clients that go away, leases too short to be read in time and workers that are killed. The simulated engine's KV bytes
-are chained from the tenant's salt, its tokens follow from the bytes it reads, and what came over a transport is
-compared whole: the salt is a tag in every byte. So each answer is compared with what the tenant's own salt makes of the
-prompt, worked out here without an engine; and with what the other tenants' salts would have made, which shows that the
-comparison could tell.
+clients that go away, readers that stop until their leases have ended and workers that are killed. The simulated
+engine's KV bytes are chained from the tenant's salt, its tokens follow from the bytes it reads, and what came over a
+transport is compared whole: the salt is a tag in every byte. So each answer is compared with what the tenant's own salt
+makes of the prompt, worked out here without an engine; and with what the other tenants' salts would have made, which
+shows that the comparison could tell.
 
 **Caches.** The same prompt twice: cached tokens for the same tenant, for its sharing group, and for a stranger.
 
@@ -27,7 +27,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -49,6 +49,8 @@ from tests.engine.reference import answer
 TENANTS = {name: Tenant(id=name, sharing_group="family" if name in "cd" else "") for name in "abcdef"}
 REQUESTS, AT_ONCE, KILLS = 10_000, 24, 10
 CANCELLED_SHARE = 0.05
+#: Many times the leases of the storm.
+STOPPED_S = 0.5
 TIMED = 250
 START_S = 60.0
 #: Per worker: room for a few dozen prompts, so that blocks change hands all the time.
@@ -259,14 +261,20 @@ async def storm(there: Up, requests: int, kills: int, seed: int = 1) -> Storm:
             done += 1
 
     async def keep_killing() -> None:
-        """Workers in turn; the next when the last one is back."""
+        """The readers stop for longer than a lease lasts; then a worker dies, each in turn."""
         for number in range(kills):
             while done < requests * (number + 1) // (kills + 1):  # noqa: ASYNC110 - kills are seldom
                 await asyncio.sleep(0.05)
             pids = await asyncio.to_thread(there.pids)
-            name = sorted(pids)[number % len(pids)]
+            readers = [pid for name, pid in pids.items() if name.startswith("decode")]
+            for pid in readers:
+                os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(STOPPED_S)
             result.leases_expired = max(result.leases_expired, await asyncio.to_thread(there.leases_expired))
-            os.kill(pids[name], signal.SIGKILL)
+            os.kill(pids[sorted(pids)[number % len(pids)]], signal.SIGKILL)
+            for pid in readers:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
             result.kills += 1
 
     try:
