@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from kv_transfer.api import Outcome
 from trust.tls import TlsFiles
 
 
@@ -37,6 +38,16 @@ class FailureKind(Enum):
     INVALID = 3
     ENGINE = 4
     EXPIRED = 5
+
+
+#: What a fetch that failed means for its leg.
+FETCH_FAILURES: Mapping[Outcome, FailureKind] = {
+    Outcome.STALE: FailureKind.TRANSFER,
+    Outcome.FAILED: FailureKind.TRANSFER,
+    Outcome.REFUSED: FailureKind.INVALID,
+    Outcome.FULL: FailureKind.REJECTED,
+    Outcome.CORRUPT: FailureKind.TRANSFER,
+}
 
 
 class LegError(Exception):

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.base import (
+    FETCH_FAILURES,
     DecodeLeg,
     EngineInfo,
     EngineLoad,
@@ -40,7 +41,7 @@ from engine.sim_core import CoreLimits, PrefillDone, Readable, SimCore, StagedPa
 from engine.sim_memory import Chain, ChainMemory
 from engine.sim_model import SimModel, read_model
 from engine.step_time import StepWork, step_time
-from kv_transfer.api import Fetched, FetchError, NodeLimits, OfferRefused, Outcome
+from kv_transfer.api import Fetched, FetchError, NodeLimits, OfferRefused
 from kv_transfer.inproc import InprocHub
 from kv_transfer.layout import KvLayout
 from kv_transfer.node import KvNode
@@ -59,14 +60,6 @@ _FETCHES_MAX = 32
 _LEASES_MAX = 1024
 #: How far behind its model a paced engine may fall and still catch up.
 _LAG_MAX_S = 0.1
-
-_FETCH_FAILURES = {
-    Outcome.STALE: FailureKind.TRANSFER,
-    Outcome.FAILED: FailureKind.TRANSFER,
-    Outcome.REFUSED: FailureKind.INVALID,
-    Outcome.FULL: FailureKind.REJECTED,
-    Outcome.CORRUPT: FailureKind.TRANSFER,
-}
 
 
 class SimEngine:
@@ -282,7 +275,7 @@ class SimEngine:
         try:
             fetched = await asyncio.wrap_future(work)
         except FetchError as error:
-            raise LegError(_FETCH_FAILURES[error.outcome], error.detail) from error
+            raise LegError(FETCH_FAILURES[error.outcome], error.detail) from error
         except asyncio.CancelledError:
             cancel.set()
             work.add_done_callback(lambda done: _discard_result(node, done))

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.base import (
+    FETCH_FAILURES,
     LOGIT_BIAS,
     STRUCTURE,
     EngineInfo,
@@ -79,7 +80,7 @@ from engine.vllm_wire import (
 from engine.vllm_wire import (
     Cancel as CancelCall,
 )
-from kv_transfer.api import FetchError, Outcome
+from kv_transfer.api import FetchError
 from kv_transfer.threads import DaemonThreads
 from kv_transfer.turn import Cancel
 from kv_transfer.vllm_params import ConnectorSettings, DecodeOrder, Order, report_of
@@ -87,14 +88,6 @@ from kv_transfer.vllm_params import ConnectorSettings, DecodeOrder, Order, repor
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 16
-
-_FETCH_FAILURES = {
-    Outcome.STALE: FailureKind.TRANSFER,
-    Outcome.FAILED: FailureKind.TRANSFER,
-    Outcome.REFUSED: FailureKind.INVALID,
-    Outcome.FULL: FailureKind.REJECTED,
-    Outcome.CORRUPT: FailureKind.TRANSFER,
-}
 
 
 class Channel:
@@ -241,7 +234,7 @@ class VllmProcess:
         try:
             found = self.connector.node.fetch(fetch.handle, fetch.timeout_s, cancel, ahead=fetch.ahead)
         except FetchError as error:
-            self._channel.send(Failed(fetch.call, _FETCH_FAILURES[error.outcome], error.detail))
+            self._channel.send(Failed(fetch.call, FETCH_FAILURES[error.outcome], error.detail))
         else:
             staged = Staged(
                 staged_id=found.staged_id,
