@@ -319,22 +319,11 @@ class Client:
         return Generation(start, timeout_s, self._retries)
 
     def models(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> tuple[Model, ...]:
-        try:
-            response = self._inference.ListModels(
-                wire.list_models_request(), timeout=timeout_s, metadata=self._metadata
-            )
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from None
-        return wire.models(response)
+        return wire.models(self._ask(self._inference.ListModels, wire.list_models_request(), timeout_s))
 
     def status(self, *, requests: bool = False, timeout_s: float = _CONTROL_TIMEOUT_S) -> ClusterStatus:
-        try:
-            response = self._control.GetStatus(
-                wire.get_status_request(requests=requests), timeout=timeout_s, metadata=self._metadata
-            )
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from None
-        return wire.cluster_status(response)
+        found = self._ask(self._control.GetStatus, wire.get_status_request(requests=requests), timeout_s)
+        return wire.cluster_status(found)
 
     def explain(self, request_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> RequestStory:
         """Why a request of this client's tenant, or as an operator any, was served as it was: open, or ended not long
@@ -343,18 +332,10 @@ class Client:
 
     def drain(self, worker_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         """Asks a worker to finish what it has and take no more. Returns when the order is given."""
-        try:
-            self._control.DrainWorker(wire.drain_worker_request(worker_id), timeout=timeout_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from None
+        self._ask(self._control.DrainWorker, wire.drain_worker_request(worker_id), timeout_s)
 
     def set_role(self, worker_id: str, role: Role, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
-        try:
-            self._control.SetWorkerRole(
-                wire.set_worker_role_request(worker_id, role), timeout=timeout_s, metadata=self._metadata
-            )
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from None
+        self._ask(self._control.SetWorkerRole, wire.set_worker_role_request(worker_id, role), timeout_s)
 
     # Tenants and keys, for operators: changes to the router's own files, in force when the call returns.
 
