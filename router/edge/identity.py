@@ -234,18 +234,21 @@ def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> tuple[str,
 
 def _trace_id(value: str | bytes) -> str:
     """Of a `traceparent` (https://www.w3.org/TR/trace-context); one that is not valid counts as none."""
-    text = value if isinstance(value, str) else value.decode(errors="replace")
-    found = _TRACEPARENT.fullmatch(text.strip())
+    found = _TRACEPARENT.fullmatch(_text(value).strip())
     return found[1] if found and int(found[1], 16) else ""
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode(errors="replace")
 
 
 def _token(name: str, value: str | bytes) -> str:
     if name not in ("authorization", "x-api-key"):
         return ""
-    text = value if isinstance(value, str) else value.decode(errors="replace")
+    text = _text(value).strip()
     if name == "x-api-key":
-        return text.strip()
-    scheme, _, token = text.strip().partition(" ")
+        return text
+    scheme, _, token = text.partition(" ")
     if scheme.lower() != "bearer":
         raise Unauthenticated("CREDENTIALS_INVALID", "authorization: must be `Bearer ...`")
     return token.strip()

@@ -358,24 +358,21 @@ async def lease_expires(faults: Faults, tally: Tally) -> None:
 
 
 async def owner_killed(faults: Faults, tally: Tally) -> None:
-    await faults.all_ready()
-    with faults.told("hold"):
-        async with asyncio.TaskGroup() as requests:
-            for _ in range(REQUESTS):
-                requests.create_task(faults.ask(tally))
-            held = await faults.held(tally)
-            faults.kill(tally, held[0].owner)
-            faults.stop_telling("hold")
+    await _killed_in_mid_read(faults, tally, lambda held: held.owner)
 
 
 async def reader_killed(faults: Faults, tally: Tally) -> None:
+    await _killed_in_mid_read(faults, tally, lambda held: held.reader)
+
+
+async def _killed_in_mid_read(faults: Faults, tally: Tally, whom: Callable[[Held], str]) -> None:
     await faults.all_ready()
     with faults.told("hold"):
         async with asyncio.TaskGroup() as requests:
             for _ in range(REQUESTS):
                 requests.create_task(faults.ask(tally))
             held = await faults.held(tally)
-            faults.kill(tally, held[0].reader)
+            faults.kill(tally, whom(held[0]))
             faults.stop_telling("hold")
 
 
