@@ -227,10 +227,11 @@ class HttpServer:
         self._server: asyncio.Server | None = None
         self.port = 0
 
-    async def listen(self, host: str, port: int) -> None:
-        """Raises OSError."""
+    async def listen(self, host: str, port: int, *, shared: bool = False) -> None:
+        """`shared`: the port, with other processes that say so. Raises OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=self._config.backlog)
+        backlog = self._config.backlog
+        listener = socket.create_server((host, port), family=family, backlog=backlog, reuse_port=shared)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio sets it for its own only
         self.port = listener.getsockname()[1]
         self._listener = listener

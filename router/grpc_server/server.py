@@ -52,10 +52,11 @@ class GrpcServer:
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, object]) -> None:
         """gRPC's own shortcut to the same handlers."""
 
-    def bind(self, host: str, port: int, tls: Tls | None = None) -> int:
-        """The port that is listened on once the server starts. Raises OSError."""
+    def bind(self, host: str, port: int, tls: Tls | None = None, *, shared: bool = False) -> int:
+        """The port that is listened on once the server starts; `shared` with other processes that say so. Raises
+        OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host.strip("[]"), port), family=family, backlog=1024)
+        listener = socket.create_server((host.strip("[]"), port), family=family, backlog=1024, reuse_port=shared)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio sets it for its own only
         self._sockets.append((listener, None if tls is None else _renewing(tls)))
         return int(listener.getsockname()[1])

@@ -17,8 +17,9 @@ _PINGS = (
 
 
 class StockServer:
-    def __init__(self, *, message_bytes_max: int, age_s_max: float) -> None:
-        options = [*_PINGS, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", message_bytes_max)]
+    def __init__(self, *, message_bytes_max: int, age_s_max: float, shared: bool = False) -> None:
+        """`shared`: its ports, with other processes that say so."""
+        options = [*_PINGS, ("grpc.so_reuseport", int(shared)), ("grpc.max_receive_message_length", message_bytes_max)]
         if age_s_max:
             options.append(("grpc.max_connection_age_ms", int(age_s_max * 1e3)))
         self._server = grpc.aio.server(options=options)
@@ -29,7 +30,7 @@ class StockServer:
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
         self._server.add_registered_method_handlers(service, handlers)
 
-    def bind(self, host: str, port: int, tls: Tls | None) -> int:
+    def bind(self, host: str, port: int, tls: Tls | None, *, shared: bool = False) -> int:
         """Raises OSError."""
         address = f"{host}:{port}"
         try:
