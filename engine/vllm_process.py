@@ -24,6 +24,7 @@ the machine.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -122,6 +123,7 @@ def main(fd: int) -> None:
     # Ctrl-C, or a SIGTERM to the group, is the worker's to act on: it needs the engine while it drains.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.disable()  # of what is loaded nothing is garbage, and looking for it takes a third of the time
     channel = Channel(socket.socket(fileno=fd))
     first = channel.receive()
     if not first:
@@ -135,6 +137,7 @@ def main(fd: int) -> None:
         log.exception("vLLM did not start")
         channel.send(Refused("", FailureKind.ENGINE, f"{type(error).__name__}: {error}"))
         return
+    gc.enable()
     channel.send(Ready(engine.info))
     threading.Thread(target=engine.listen, name="from-worker", daemon=True).start()
     try:
@@ -312,6 +315,7 @@ def _core(launch: Launch, steps: StepLoop) -> Any:
     from vllm.v1.executor import Executor
 
     config = _engine_args(launch, steps).create_engine_config()
+    gc.freeze()  # vLLM collects several times while it loads
     return EngineCore(config, Executor.get_class(config), log_stats=False)
 
 
