@@ -7,7 +7,8 @@ at random moments.
 
     make bench-faults                              # both engines: sim, and vLLM with the shipped model
     make bench-faults ARGS="--engine sim"
-    make bench-faults ARGS="--engine vllm --runs 10 --kills 2 --cases abort"
+    make bench-faults ARGS="--engine vllm --runs 10 --cases abort"
+    make bench-faults ARGS="--engine vllm --kills 50 --aborts 0 --cases killed,restarted"
 
 A case that kills workers waits for their successors, which takes a real engine half a minute: `--kills` is how often
 on vLLM. A kill counts as often as there were reads in their middle (`in_mid_read`), one of each decode worker at most.
@@ -84,13 +85,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50, help="of each case")
     parser.add_argument("--kills", type=int, default=6, help="runs, on vLLM, of each case that kills workers")
     parser.add_argument("--aborts", type=int, help="at random moments; by default 10,000 on sim and 500 on vLLM")
-    parser.add_argument("--cases", default="", help="only those whose name has this in it; 'none' for the aborts alone")
+    parser.add_argument("--cases", default="", help="only those with one of these in their name; 'none': aborts alone")
     arguments = parser.parse_args()
     env = environment()
     rows: list[Row] = []
     for engine in ("sim", "vllm") if arguments.engine == "both" else (arguments.engine,):
         aborts = ABORTS[engine] if arguments.aborts is None else arguments.aborts
-        wanted = [case for case in CASES if arguments.cases in case]
+        wanted = [case for case in CASES if any(part in case for part in arguments.cases.split(","))]
         rows += asyncio.run(measure(engine, wanted, arguments.runs, arguments.kills, aborts))
     name = "faults" if arguments.engine == "both" else f"faults-{arguments.engine}"
     report(name, rows, checks(rows, 50), env)
