@@ -122,13 +122,15 @@ class SetWorkerRoleResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ExplainRequest(_message.Message):
-    __slots__ = ("request_id",)
+    __slots__ = ("request_id", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class RequestStory(_message.Message):
-    __slots__ = ("request_id", "tenant", "model", "lane", "state", "arrived_at", "reason", "error", "retry_after_s", "waited", "placement", "handoff", "ttft_s", "preemptions", "retries", "charge", "lines", "trace_id")
+    __slots__ = ("request_id", "tenant", "model", "lane", "state", "arrived_at", "reason", "error", "retry_after_s", "waited", "placement", "handoff", "ttft_s", "preemptions", "retries", "charge", "lines", "trace_id", "other_tenants")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +149,7 @@ class RequestStory(_message.Message):
     CHARGE_FIELD_NUMBER: _ClassVar[int]
     LINES_FIELD_NUMBER: _ClassVar[int]
     TRACE_ID_FIELD_NUMBER: _ClassVar[int]
+    OTHER_TENANTS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     tenant: str
     model: str
@@ -165,7 +168,8 @@ class RequestStory(_message.Message):
     charge: Charge
     lines: _containers.RepeatedCompositeFieldContainer[StoryLine]
     trace_id: str
-    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., lane: _Optional[str] = ..., state: _Optional[str] = ..., arrived_at: _Optional[float] = ..., reason: _Optional[str] = ..., error: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., waited: _Optional[_Union[Waited, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., ttft_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., retries: _Optional[int] = ..., charge: _Optional[_Union[Charge, _Mapping]] = ..., lines: _Optional[_Iterable[_Union[StoryLine, _Mapping]]] = ..., trace_id: _Optional[str] = ...) -> None: ...
+    other_tenants: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., lane: _Optional[str] = ..., state: _Optional[str] = ..., arrived_at: _Optional[float] = ..., reason: _Optional[str] = ..., error: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., waited: _Optional[_Union[Waited, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., ttft_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., retries: _Optional[int] = ..., charge: _Optional[_Union[Charge, _Mapping]] = ..., lines: _Optional[_Iterable[_Union[StoryLine, _Mapping]]] = ..., trace_id: _Optional[str] = ..., other_tenants: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Waited(_message.Message):
     __slots__ = ("queue_s", "capped_s", "stuck_s", "own_requests", "own_cost", "others_requests", "others_cost", "predicted_s")

@@ -34,14 +34,15 @@ class RequestStream:
 
     def __init__(
         self,
-        request_id: str,
+        key: str,
         *,
         tokens_max: int,
         cancel: Callable[[str], None],
         stop_matched: Callable[[str, int], None],
         overrun: Callable[[str], None],
     ) -> None:
-        self.request_id = request_id
+        #: As the core knows the request.
+        self._key = key
         self._tokens_max = tokens_max
         self._cancel = cancel
         self._stop_matched = stop_matched
@@ -68,7 +69,7 @@ class RequestStream:
                 self._logprobs += event.logprobs
                 self._alternatives += sum(1 + len(entry.top) for entry in event.logprobs)
             if len(self._token_ids) + self._alternatives > self._tokens_max:
-                self._overrun(self.request_id)
+                self._overrun(self._key)
         else:
             self._end = event
 
@@ -109,12 +110,12 @@ class RequestStream:
     def stop_matched(self, completion_tokens: int) -> None:
         """The answer is to end with its first `completion_tokens` tokens. Read on, to the Finished."""
         if self._end is None:
-            self._stop_matched(self.request_id, completion_tokens)
+            self._stop_matched(self._key, completion_tokens)
 
     def close(self) -> None:
         """The reader leaves. Idempotent; cancels what has not ended."""
         if self._end is None:
-            self._cancel(self.request_id)
+            self._cancel(self._key)
 
 
 class CorePort(Protocol):
@@ -125,7 +126,8 @@ class CorePort(Protocol):
         ...
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Raises AlreadyExists when an open request has this id; every other refusal comes through the stream."""
+        """Raises AlreadyExists when an open request of its tenant has its id; every other refusal comes through the
+        stream."""
         ...
 
     def models(self) -> list[ModelView]: ...
@@ -138,8 +140,9 @@ class CorePort(Protocol):
 class AdminPort(Protocol):
     """What an edge for operators may ask. Raise NotFound for a worker that is not linked."""
 
-    def explain(self, request_id: str, tenant: str | None) -> tuple[Story, float] | None:
-        """A request's story, and when it came in seconds since 1970. Given a tenant, only of that tenant's."""
+    def explain(self, request_id: str, tenant: str | None) -> list[tuple[Story, float]]:
+        """Of each tenant that has a request of this id its story, and when it came in seconds since 1970; the latest
+        first. Given a tenant, only of that tenant's."""
         ...
 
     def snapshot(self, *, requests: bool) -> Snapshot: ...

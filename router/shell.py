@@ -111,9 +111,9 @@ class Shell:
 
     def _emit(self, emit: Emit) -> None:
         if isinstance(emit.event, Tokens):
-            stream = self._streams.get(emit.request_id)
+            stream = self._streams.get(emit.key)
         else:
-            stream = self._streams.pop(emit.request_id, None)
+            stream = self._streams.pop(emit.key, None)
             self._idle.set()
         if stream is not None:
             stream.put(emit.event)
@@ -155,29 +155,29 @@ class Shell:
         return time.monotonic()  # the loop's own clock may tick in milliseconds
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        if self._core.is_open(request.request_id):
-            raise AlreadyExists(f"request_id {request.request_id!r} is in use by an open request")
+        if self._core.is_open(request.key):
+            raise AlreadyExists(f"request_id {request.request_id!r} is in use by an open request of yours")
         stream = RequestStream(
-            request.request_id,
+            request.key,
             tokens_max=self._stream_tokens_max,
-            cancel=lambda request_id: self.handle(ev.Cancel(request_id)),
-            stop_matched=lambda request_id, tokens: self.handle(ev.StopMatched(request_id, tokens)),
+            cancel=lambda key: self.handle(ev.Cancel(key)),
+            stop_matched=lambda key, tokens: self.handle(ev.StopMatched(key, tokens)),
             overrun=self._overrun,
         )
-        self._streams[request.request_id] = stream
+        self._streams[request.key] = stream
         self.handle(ev.Submit(request))
         return stream
 
-    def _overrun(self, request_id: str) -> None:
+    def _overrun(self, key: str) -> None:
         # Not at once: the core is in the middle of handing out the very tokens that overran.
-        self._loop.call_soon(self.handle, ev.Overrun(request_id))
+        self._loop.call_soon(self.handle, ev.Overrun(key))
 
     def models(self) -> list[ModelView]:
         return [ModelView(name, self._facts.get(name), self._core.serves(name)) for name in self._core.state.pools]
 
-    def explain(self, request_id: str, tenant: str | None) -> tuple[Story, float] | None:
-        story = self._core.explain(request_id, tenant)
-        return None if story is None else (story, time.time() - self.now() + story.arrival)
+    def explain(self, request_id: str, tenant: str | None) -> list[tuple[Story, float]]:
+        since_1970 = time.time() - self.now()
+        return [(story, since_1970 + story.arrival) for story in self._core.explain(request_id, tenant)]
 
     def rates(self, tenant: str) -> tuple[RateLeft, ...]:
         return self._core.admission.rates(self.now(), tenant)

@@ -273,8 +273,8 @@ class SimulatedPool:
 
     def _do(self, effect: fx.Effect) -> None:
         match effect:
-            case fx.Emit(request_id, event):
-                self._told(self.open.get(request_id), event)
+            case fx.Emit(key, event):
+                self._told(self.open.get(key), event)
             case fx.Journal(record):
                 self.records.append(record)
             case fx.UsageRecorded(usage):
@@ -305,7 +305,7 @@ class SimulatedPool:
             served.tokens += len(event.token_ids)
             self.on_work("generated", served, len(event.token_ids))
             return
-        del self.open[served.request.request_id]
+        del self.open[served.request.key]
         served.ended_at = self.now
         served.error = event.error if isinstance(event, fx.Failed) else None
         self.on_end(served)
@@ -373,12 +373,12 @@ class SimulatedPool:
             self.on_end(served)
 
     def send(self, served: Served) -> None:
-        self.open[served.request.request_id] = served
+        self.open[served.request.key] = served
         self.post(ev.Submit(served.request))
 
     def cancel(self, served: Served) -> None:
-        if served.request.request_id in self.open:
-            self.post(ev.Cancel(served.request.request_id))
+        if served.request.key in self.open:
+            self.post(ev.Cancel(served.request.key))
 
     def configure(self, book: TenantBook) -> None:
         self.post(ev.TenantsChanged(book))

@@ -286,14 +286,18 @@ def status(
 
 @app.command()
 def why(
-    request_id: str, address: AddressOption = "", state_dir: StateDirOption = None, json_: JsonOption = False
+    request_id: str,
+    tenant: Annotated[str, typer.Option(help="Whose, if several have a request of this id; for operators.")] = "",
+    address: AddressOption = "",
+    state_dir: StateDirOption = None,
+    json_: JsonOption = False,
 ) -> None:
     """Tells why a request was served as it was: admitted when, waited for what, placed where, charged what. Tenants ask
     about their own, with their key; operators about all."""
     from tandem import show
 
     with _errors_in_one_line(as_json=json_), _operator(address, state_dir) as client:
-        told = client.explain(request_id)
+        told = client.explain(request_id, tenant)
         print(_json(told) if json_ else show.request_story(told))
 
 

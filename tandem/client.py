@@ -325,10 +325,10 @@ class Client:
         found = self._ask(self._control.GetStatus, wire.get_status_request(requests=requests), timeout_s)
         return wire.cluster_status(found)
 
-    def explain(self, request_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> RequestStory:
-        """Why a request of this client's tenant, or as an operator any, was served as it was: open, or ended not long
-        ago."""
-        return wire.request_story(self._ask(self._control.Explain, wire.explain_request(request_id), timeout_s))
+    def explain(self, request_id: str, tenant: str = "", timeout_s: float = _CONTROL_TIMEOUT_S) -> RequestStory:
+        """Why a request of this client's tenant was served as it was: open, or ended not long ago. Operators may ask
+        about any, and name the tenant where several have a request of this id; else it is the latest."""
+        return wire.request_story(self._ask(self._control.Explain, wire.explain_request(request_id, tenant), timeout_s))
 
     def drain(self, worker_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         """Asks a worker to finish what it has and take no more. Returns when the order is given."""
@@ -463,11 +463,11 @@ class AsyncClient:
             raise error_from_rpc(error) from None
         return wire.cluster_status(response)
 
-    async def explain(self, request_id: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> RequestStory:
+    async def explain(self, request_id: str, tenant: str = "", timeout_s: float = _CONTROL_TIMEOUT_S) -> RequestStory:
         """As `Client.explain`."""
         try:
             response = await self._control.Explain(
-                wire.explain_request(request_id), timeout=timeout_s, metadata=self._metadata
+                wire.explain_request(request_id, tenant), timeout=timeout_s, metadata=self._metadata
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None

@@ -78,6 +78,8 @@ def request_story(told: RequestStory) -> str:
     """Why a request was served as it was, one line per question."""
     when = datetime.fromtimestamp(told.arrived_at).astimezone().isoformat(" ", "milliseconds")
     rows = [("request", f"{told.request_id} of {told.tenant}, lane {told.lane}, {told.state}"), ("arrived", when)]
+    if told.other_tenants:
+        rows.append(("also of", f"{', '.join(told.other_tenants)} (--tenant NAME shows theirs); this is the latest"))
     if told.trace_id:
         rows.append(("trace", told.trace_id))
     if told.error:

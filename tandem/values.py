@@ -281,6 +281,8 @@ class RequestStory:
     lines: tuple[tuple[float, str], ...]
     #: The W3C trace that the call was part of; empty without one.
     trace_id: str = ""
+    #: For operators who did not say whose: the other tenants with a request of this id. This is the latest.
+    other_tenants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

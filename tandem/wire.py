@@ -238,9 +238,13 @@ def _request_status(message: control_pb2.RequestStatus) -> RequestStatus:
     )
 
 
-def explain_request(request_id: str) -> control_pb2.ExplainRequest:
+def explain_request(request_id: str, tenant: str) -> control_pb2.ExplainRequest:
+    request = control_pb2.ExplainRequest()
     with _naming("request_id"):
-        return control_pb2.ExplainRequest(request_id=request_id)
+        request.request_id = request_id
+    with _naming("tenant"):
+        request.tenant = tenant
+    return request
 
 
 def request_story(message: control_pb2.RequestStory) -> RequestStory:
@@ -291,6 +295,7 @@ def request_story(message: control_pb2.RequestStory) -> RequestStory:
         ),
         lines=tuple((line.at_s, line.what) for line in message.lines),
         trace_id=message.trace_id,
+        other_tenants=tuple(message.other_tenants),
     )
 
 

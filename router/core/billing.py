@@ -21,7 +21,7 @@ def usage_of(now: float, opened: OpenRequest, cost: float, completion_tokens: in
             prompt_tokens=prompt_tokens, cached_prompt_tokens=cached_tokens, completion_tokens=completion_tokens
         )
     return UsageFacts(
-        record_id=record_id(request.request_id, admitted.wall_s),
+        record_id=record_id(admitted.tenant, request.request_id, admitted.wall_s),
         request_id=request.request_id,
         tenant=admitted.tenant,
         key_id=request.key_id,

@@ -67,7 +67,7 @@ class Reservation:
     @property
     def record_id(self) -> str:
         """Of its usage."""
-        return record_id(self.request_id, self.wall_s)
+        return record_id(self.tenant, self.request_id, self.wall_s)
 
 
 @dataclass(slots=True, eq=False)

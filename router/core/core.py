@@ -157,20 +157,25 @@ class Core:
         example = next(others, None)
         return "" if example is None else misfit(example.facts, facts)
 
-    def is_open(self, request_id: str) -> bool:
-        return request_id in self.state.requests
+    def is_open(self, key: str) -> bool:
+        return key in self.state.requests
 
     def serves(self, model: str) -> bool:
         """True when a request for the model could be dispatched, now or once capacity is free."""
         pool = self.state.pools.get(model)
         return pool is not None and len(pool.pathless_since) < len(self.state.selectors) and not self._shutting_down
 
-    def explain(self, request_id: str, tenant: str | None = None) -> Story | None:
-        """The story of a request that is open, or ended not long ago. Given a tenant, only of one of that tenant's."""
-        opened = self.state.requests.get(request_id)
-        if opened is not None and tenant in (None, opened.request.tenant):
-            return self.state.tell(opened)
-        return self.state.history.find(request_id, tenant)
+    def explain(self, request_id: str, tenant: str | None = None) -> list[Story]:
+        """Stories of requests of this id that are open, or ended not long ago: of each tenant one, the latest first.
+        Given a tenant, only of that tenant's."""
+        open_ones = (one for one in self.state.requests.values() if one.request.request_id == request_id)
+        told = {one.request.tenant: self.state.tell(one) for one in open_ones}
+        stories = ({story.tenant: story for story in self.state.history.find(request_id)} | told).values()
+        return sorted(
+            (story for story in stories if tenant in (None, story.tenant)),
+            key=lambda story: story.arrival,
+            reverse=True,
+        )
 
     def rewritten_journal(self) -> tuple[Record, ...]:
         """Records to rewrite the journal with; those returned by later calls of `handle` continue it."""
@@ -192,7 +197,7 @@ class Core:
 
     def _submit(self, now: float, event: ev.Submit) -> None:
         request = event.request
-        assert request.request_id not in self.state.requests, "two open requests of one id"
+        assert request.key not in self.state.requests, "two open requests of one id and tenant"
         opened = OpenRequest(request)
         error, opened.ahead = self._why_not(now, request)
         if error is not None:
@@ -200,7 +205,7 @@ class Core:
             self.state.note(now, opened, f"{opened.state.value}: {error}")
             self.state.history.add(self.state.tell(opened, error))
             self.stats.outcomes[opened.state] += 1
-            self._emit(request.request_id, Failed(error))
+            self._emit(request.key, Failed(error))
             return
         opened.admitted, record = self.admission.admit(now, request)
         self._journal(record)
@@ -208,7 +213,7 @@ class Core:
         opened.salt = cache_salt(self._cache_secret, tenant) if self._cache_secret else request.cache_salt
         self.state.open(now, opened)
         self.state.note(now, opened, _arrival_note(request, opened.ahead))
-        self._timers.set(request.deadline, Kind.DEADLINE, request.request_id)
+        self._timers.set(request.deadline, Kind.DEADLINE, request.key)
         self._mark(request.model)
 
     def _why_not(self, now: float, request: GenerationRequest) -> tuple[TandemError | None, Ahead | None]:
@@ -269,7 +274,7 @@ class Core:
         )
 
     def _cancel(self, now: float, event: ev.Cancel) -> None:
-        opened = self.state.requests.get(event.request_id)
+        opened = self.state.requests.get(event.key)
         if opened is None:
             return
         if opened.request.deadline <= now:  # the client's own clock ended it, a moment before ours did
@@ -278,12 +283,12 @@ class Core:
             self._end(now, opened, Trigger.CANCEL, Cancelled("cancelled by the client"))
 
     def _overrun(self, now: float, event: ev.Overrun) -> None:
-        if (opened := self.state.requests.get(event.request_id)) is not None:
+        if (opened := self.state.requests.get(event.key)) is not None:
             error = Rejected("STREAM_BUFFER", "the client reads too slowly: its stream's buffer is full")
             self._end(now, opened, Trigger.FAIL, error)
 
     def _stop_matched(self, now: float, event: ev.StopMatched) -> None:
-        if (opened := self.state.requests.get(event.request_id)) is not None:
+        if (opened := self.state.requests.get(event.key)) is not None:
             self._finish(now, opened, FinishReason.STOP, completion_tokens=event.completion_tokens)
 
     # Tenants.
@@ -615,14 +620,14 @@ class Core:
             generated.extend(token_ids)
             if len(generated) > opened.charged_tokens:
                 queue = self.state.pools[opened.request.model].queue
-                opened.charged_tokens = queue.grow(now, opened.request_id, len(generated))
+                opened.charged_tokens = queue.grow(now, opened.key, len(generated))
             if opened.first_token_at is None:
                 opened.first_token_at = now
                 self.stats.ttft_s.observe(now - opened.request.arrival)
             else:
                 self.stats.itl_s.observe((now - opened.last_token_at) / len(token_ids), len(token_ids))
             opened.last_token_at = now
-            self._emit(opened.request_id, Tokens(token_ids, logprobs))
+            self._emit(opened.key, Tokens(token_ids, logprobs))
         if finish_reason is None:
             return False
         if ended_there:
@@ -638,13 +643,13 @@ class Core:
     def _dispatch(self, now: float, pool: Pool) -> None:
         queue = pool.queue
         queue.unpark()
-        while (request_id := queue.peek(now)) is not None:
-            opened = self.state.requests[request_id]
+        while (key := queue.peek(now)) is not None:
+            opened = self.state.requests[key]
             if opened.request.deadline <= now:
                 self._expire(now, opened)
                 continue
             among = (pool.roster.version, queue.parked)
-            if pool.stuck.get(request_id) == among and not queue.is_guaranteed:
+            if pool.stuck.get(key) == among and not queue.is_guaranteed:
                 queue.park()  # nothing changed for it since it was looked at last
                 continue
             what = ask(now, pool, opened, _selector(opened), self.limits, self._step)
@@ -658,7 +663,7 @@ class Core:
             elif not self._make_way(now, what):
                 if len(pool.stuck) > SELECTORS_MAX:
                     pool.stuck.clear()
-                pool.stuck[request_id] = among
+                pool.stuck[key] = among
                 if opened.stuck_at is None:
                     opened.stuck_at = now
                 queue.park()
@@ -884,7 +889,7 @@ class Core:
         )
         timings, route = self._timings(now, opened), _route(opened)
         self._close(now, opened, Trigger.FINISH, None, completion_tokens=usage.completion_tokens)
-        self._emit(opened.request_id, Finished(reason=reason, usage=usage, timings=timings, route=route))
+        self._emit(opened.key, Finished(reason=reason, usage=usage, timings=timings, route=route))
 
     def _refuse(self, now: float, opened: OpenRequest, error: TandemError) -> None:
         """For one that waits; if it had begun before, it failed instead."""
@@ -896,7 +901,7 @@ class Core:
 
     def _end(self, now: float, opened: OpenRequest, trigger: Trigger, error: TandemError) -> None:
         self._close(now, opened, trigger, error)
-        self._emit(opened.request_id, Failed(error))
+        self._emit(opened.key, Failed(error))
 
     def _close(
         self,
@@ -971,8 +976,8 @@ class Core:
             total_s=now - arrival,
         )
 
-    def _emit(self, request_id: str, event: fx.ClientEvent) -> None:
-        self._effects.append(Emit(request_id, event))
+    def _emit(self, key: str, event: fx.ClientEvent) -> None:
+        self._effects.append(Emit(key, event))
 
     # Time.
 
@@ -1004,8 +1009,8 @@ class Core:
     def _fail_waiting(self, now: float, pool: Pool) -> None:
         for selector in tuple(pool.pathless_since):
             if self._gave_up(now, pool, selector):
-                for request_id in pool.queue.waiting_of(selector):
-                    self._refuse(now, self.state.requests[request_id], self._no_workers(pool, selector))
+                for key in pool.queue.waiting_of(selector):
+                    self._refuse(now, self.state.requests[key], self._no_workers(pool, selector))
 
     def _look_for_silence(self, now: float) -> None:
         for worker in tuple(self.state.workers.values()):

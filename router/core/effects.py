@@ -141,7 +141,7 @@ ClientEvent = Tokens | Finished | Failed
 class Emit(NamedTuple):
     """Tokens any number of times, then exactly one of Finished or Failed."""
 
-    request_id: str
+    key: str
     event: ClientEvent
 
 

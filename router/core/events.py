@@ -20,21 +20,21 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    request_id: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
 class Overrun:
     """The reader of this request's stream let more pile up than its buffer may hold."""
 
-    request_id: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
 class StopMatched:
     """The edge found a stop string; the answer ends with its first `completion_tokens` tokens."""
 
-    request_id: str
+    key: str
     completion_tokens: int
 
 

@@ -47,7 +47,7 @@ from router.core.tenant import LANES, Selector, Tenant, TenantBook
 class Waiting(NamedTuple):
     """What an order may depend on."""
 
-    request_id: str
+    key: str
     tenant: str
     lane: Lane
     #: Prompt tokens to compute.
@@ -196,20 +196,20 @@ class FairQueue:
     def __len__(self) -> int:
         return len(self._where)
 
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._where
+    def __contains__(self, key: object) -> bool:
+        return key in self._where
 
     # What happens to requests.
 
     def push(self, now: float, waiting: Waiting, *, again: bool = False) -> None:
-        request_id = waiting.request_id
-        assert request_id not in self._where
+        key = waiting.key
+        assert key not in self._where
         flow = self._flow(waiting.tenant, waiting.lane)
-        flow.waiting[request_id] = waiting
+        flow.waiting[key] = waiting
         if again:
-            flow.waiting.move_to_end(request_id, last=False)
-            self._hold(self._charges[request_id], 0)
-        self._where[request_id] = flow
+            flow.waiting.move_to_end(key, last=False)
+            self._hold(self._charges[key], 0)
+        self._where[key] = flow
         self._count(now, flow, waiting, 1)
         self._changed(now, flow.account)
 
@@ -228,32 +228,32 @@ class FairQueue:
         choice, self._choice = self._choice, None
         assert choice is not None, "peek first"
         flow = choice.flow
-        request_id, waiting = next(iter(flow.waiting.items()))
+        key, waiting = next(iter(flow.waiting.items()))
         assert self._fits(flow, waiting), "past the cap of its tenant"
-        del flow.waiting[request_id]
-        del self._where[request_id]
+        del flow.waiting[key]
+        del self._where[key]
         self._count(now, flow, waiting, -1)
         cost = 0.0
-        if request_id not in self._charges:
-            charge = self._charges[request_id] = self._charge(now, choice, waiting, cached_tokens)
+        if key not in self._charges:
+            charge = self._charges[key] = self._charge(now, choice, waiting, cached_tokens)
             cost = charge.cost
-        charge = self._charges[request_id]
+        charge = self._charges[key]
         self._hold(charge, waiting.prompt_tokens + charge.output_tokens)
         self._changed(now, flow.account)
         if cost:
             self._put_aside(flow.lane, cost)
-        return request_id
+        return key
 
-    def remove(self, now: float, request_id: str) -> None:
+    def remove(self, now: float, key: str) -> None:
         """For a request that ended while it waited. KeyError when it isn't here."""
-        flow = self._where.pop(request_id)
-        self._count(now, flow, flow.waiting.pop(request_id), -1)
+        flow = self._where.pop(key)
+        self._count(now, flow, flow.waiting.pop(key), -1)
         self._changed(now, flow.account)
 
-    def grow(self, now: float, request_id: str, output_tokens: int) -> int:
+    def grow(self, now: float, key: str, output_tokens: int) -> int:
         """A running request has generated this many tokens. When that is more than it was charged for, it is charged
         for twice as many. Returns for how many it is charged: until then there is no need to ask again."""
-        charge = self._charges[request_id]
+        charge = self._charges[key]
         if output_tokens <= charge.output_tokens:
             return charge.output_tokens
         more = min(charge.max_tokens, max(2 * charge.output_tokens, output_tokens)) - charge.output_tokens
@@ -263,9 +263,9 @@ class FairQueue:
         self._changed(now, charge.flow.account)
         return charge.output_tokens
 
-    def settle(self, now: float, request_id: str, prompt_tokens: int, output_tokens: int) -> float:
+    def settle(self, now: float, key: str, prompt_tokens: int, output_tokens: int) -> float:
         """A dispatched request ended; its charge becomes what it really used. Returns that cost."""
-        charge = self._charges.pop(request_id)
+        charge = self._charges.pop(key)
         flow, cost = charge.flow, self._limits.cost(prompt_tokens, output_tokens)
         if charge.guaranteed:
             bucket = flow.account.bucket
@@ -285,10 +285,10 @@ class FairQueue:
     def waiting_of(self, selector: Selector) -> list[str]:
         """All that wait for workers of this selector, flow by flow. Costs O(tenants)."""
         accounts = [account for account in self._accounts.values() if account.tenant.pool == selector]
-        return [request_id for account in accounts for flow in account.flows.values() for request_id in flow.waiting]
+        return [key for account in accounts for flow in account.flows.values() for key in flow.waiting]
 
-    def is_charged(self, request_id: str) -> bool:
-        return request_id in self._charges
+    def is_charged(self, key: str) -> bool:
+        return key in self._charges
 
     # What happens around them.
 
@@ -453,11 +453,11 @@ class FairQueue:
                 self._rebase(rank, flow.lane)
             weight = rank.weight + flow.account.tenant.weight
             flow.counter = max(flow.counter, rank.start(self._limits.prompt_cost * self.computing / weight))
-        rank.set(flow, again=head.request_id in self._charges)
+        rank.set(flow, again=head.key in self._charges)
         return True
 
     def _fits(self, flow: _Flow, head: Waiting) -> bool:
-        account, charge = flow.account, self._charges.get(head.request_id)
+        account, charge = flow.account, self._charges.get(head.key)
         if account.tenant.tokens_in_flight_max is None or account.held == 0:
             return True
         output = _output(flow, head) if charge is None else charge.output_tokens
@@ -529,14 +529,14 @@ class FairQueue:
         assert sum(flow.tokens for flow in flows) == self.tokens
         for flow in flows:
             assert sum(waiting.prompt_tokens for waiting in flow.waiting.values()) == flow.tokens
-            assert all(self._where[request_id] is flow for request_id in flow.waiting)
+            assert all(self._where[key] is flow for key in flow.waiting)
             head = next(iter(flow.waiting.values()), None)
             rank = self._class(flow.account.tenant.pool).ranks[flow.lane]
             assert (flow in rank.flows) == (head is not None and self._fits(flow, head))
             assert (flow.capped_since is not None) == (head is not None and flow not in rank.flows)
             if flow in rank.flows:
                 assert head is not None
-                assert rank.flows.key(flow) == (head.request_id not in self._charges, flow.counter)
+                assert rank.flows.key(flow) == (head.key not in self._charges, flow.counter)
         for account in self._accounts.values():
             # It may be above the cap: answers grow, and caps are lowered. Nothing is dispatched past it, see `pop`.
             assert account.held == sum(

@@ -21,22 +21,22 @@ class Holdings:
     def __len__(self) -> int:
         return len(self._held)
 
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._held
+    def __contains__(self, key: object) -> bool:
+        return key in self._held
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._held)
 
-    def get(self, request_id: str) -> int:
-        return self._held.get(request_id, 0)
+    def get(self, key: str) -> int:
+        return self._held.get(key, 0)
 
-    def add(self, request_id: str, amount: int) -> None:
-        assert request_id not in self._held
-        self._held[request_id] = amount
+    def add(self, key: str, amount: int) -> None:
+        assert key not in self._held
+        self._held[key] = amount
         self.total += amount
 
-    def drop(self, request_id: str) -> None:
-        self.total -= self._held.pop(request_id)
+    def drop(self, key: str) -> None:
+        self.total -= self._held.pop(key)
 
     def check(self) -> None:
         assert self.total == sum(self._held.values())

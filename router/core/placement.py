@@ -335,8 +335,8 @@ def giving_way(what: Ask, running: Mapping[str, OpenRequest]) -> list[OpenReques
     if what.opened.slot_at is not None and lacks_slot:
         return []
     found: dict[str, list[OpenRequest]] = {}
-    for request_id in islice(reversed(what.pool.may_yield), 8 * _LOOK):
-        victim = running[request_id]
+    for key in islice(reversed(what.pool.may_yield), 8 * _LOOK):
+        victim = running[key]
         worker_id = victim.slot_at if lacks_slot else victim.prefilling_at
         worker = what.pool.workers.get(worker_id or "")
         if worker is None or not _serves(worker, what.now) or not _is_open(what, worker):
@@ -353,11 +353,11 @@ def _is_open(what: Ask, worker: Worker) -> bool:
 
 
 def _room_without(what: Ask, worker: Worker, victims: list[OpenRequest], *, decode: bool) -> bool:
-    ids = [victim.request_id for victim in victims]
+    keys = [victim.key for victim in victims]
     capacity = worker.facts.capacity
-    room = worker.kv_room + sum(worker.slots.get(one) + worker.pinned.get(one) for one in ids)
-    slots = len(worker.slots) - sum(1 for one in ids if one in worker.slots)
-    computing = len(worker.prefilling) - sum(1 for one in ids if one in worker.prefilling)
+    room = worker.kv_room + sum(worker.slots.get(one) + worker.pinned.get(one) for one in keys)
+    slots = len(worker.slots) - sum(1 for one in keys if one in worker.slots)
+    computing = len(worker.prefilling) - sum(1 for one in keys if one in worker.prefilling)
     if not decode:
         return worker.role is Role.PREFILL and computing < capacity.prefill_legs and what.prompt_blocks <= room
     return (

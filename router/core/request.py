@@ -74,7 +74,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One prompt, one answer. `arrival` and `deadline` are seconds on the core's monotonic clock."""
+    """One prompt, one answer. `request_id` is what its client calls it; `arrival` and `deadline` are seconds on the
+    core's monotonic clock."""
 
     request_id: str
     model: str
@@ -89,6 +90,12 @@ class GenerationRequest:
     cache_salt: bytes = b""
     #: The caller's trace, as W3C trace context has it; for whoever reads the story.
     trace_id: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names it among all that are open. Clients choose ids (without a slash), and only those of one tenant must
+        differ: nobody can find out, or take, an id of another's."""
+        return f"{self.tenant}/{self.request_id}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

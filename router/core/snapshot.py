@@ -75,7 +75,7 @@ def _worker(worker: Worker) -> WorkerView:
 
 def _request(now: float, opened: OpenRequest) -> RequestView:
     return RequestView(
-        request_id=opened.request_id,
+        request_id=opened.request.request_id,
         tenant=opened.request.tenant,
         state=opened.state,
         age_s=now - opened.request.arrival,

@@ -42,6 +42,7 @@ class OpenRequest:
     """A request that has not ended."""
 
     request: GenerationRequest
+    key: str = field(init=False)
     #: What it holds of its tenant's limits; None for one that was refused.
     admitted: Admitted | None = None
     #: Part of every prefix key, here and in engines.
@@ -118,9 +119,8 @@ class OpenRequest:
     #: (when, what), for `tandem why` and for faults.
     story: list[tuple[float, str]] = field(default_factory=list)
 
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
+    def __post_init__(self) -> None:
+        self.key = self.request.key
 
     @property
     def retries(self) -> int:
@@ -129,9 +129,7 @@ class OpenRequest:
     @property
     def waiting(self) -> Waiting:
         request = self.request
-        return Waiting(
-            request.request_id, request.tenant, request.lane, len(request.prompt), request.sampling.max_tokens
-        )
+        return Waiting(self.key, request.tenant, request.lane, len(request.prompt), request.sampling.max_tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -217,7 +215,7 @@ class State:
     def requests_at(self, worker: Worker) -> tuple[OpenRequest, ...]:
         """All that have a leg, a slot or a lease there, in order of arrival at the worker."""
         ids = dict.fromkeys((*worker.legs.values(), *worker.slots, *worker.pinned))
-        return tuple(self.requests[request_id] for request_id in ids)
+        return tuple(self.requests[key] for key in ids)
 
     @property
     def queued(self) -> int:
@@ -231,8 +229,8 @@ class State:
 
     def open(self, now: float, opened: OpenRequest) -> None:
         """An admitted request joins its pool's queue."""
-        assert opened.request_id not in self.requests
-        self.requests[opened.request_id] = opened
+        assert opened.key not in self.requests
+        self.requests[opened.key] = opened
         request = opened.request
         queue = self.pool(now, request.model).queue
         opened.capped_s = queue.capped_s(now, request.tenant, request.lane)
@@ -242,11 +240,11 @@ class State:
         """What was peeked at is dispatched."""
         pool, request = self.pools[opened.request.model], opened.request
         popped = pool.queue.pop(now, cached_tokens=cached_tokens)
-        assert popped == opened.request_id
+        assert popped == opened.key
         if opened.dispatched_at is None:
             opened.capped_s = pool.queue.capped_s(now, request.tenant, request.lane) - opened.capped_s
         if request.lane is Lane.BATCH and opened.preemptions < self._preemptions_max:
-            pool.may_yield[opened.request_id] = None
+            pool.may_yield[opened.key] = None
         self.move(opened, trigger)
 
     def rejoin_queue(self, now: float, opened: OpenRequest) -> None:
@@ -254,7 +252,7 @@ class State:
         assert opened.prefill_leg is None
         assert opened.decode_leg is None
         pool = self.pools[opened.request.model]
-        pool.may_yield.pop(opened.request_id, None)
+        pool.may_yield.pop(opened.key, None)
         self.move(opened, Trigger.RETRY)
         pool.queue.push(now, opened.waiting, again=True)
 
@@ -262,15 +260,15 @@ class State:
         """It has no leg, no slot and no lease any more. Returns what its flow was charged."""
         pool, cost = self.pools[opened.request.model], 0.0
         if opened.state is Life.QUEUED:
-            pool.queue.remove(now, opened.request_id)
+            pool.queue.remove(now, opened.key)
         if opened.dispatched_at is not None:
             output = len(opened.generated) + opened.replayed_tokens
-            cost = pool.queue.settle(now, opened.request_id, opened.charged_prompt_tokens, output)
-        pool.may_yield.pop(opened.request_id, None)
-        pool.stuck.pop(opened.request_id, None)
+            cost = pool.queue.settle(now, opened.key, opened.charged_prompt_tokens, output)
+        pool.may_yield.pop(opened.key, None)
+        pool.stuck.pop(opened.key, None)
         self.move(opened, trigger)
         self.note(now, opened, opened.state.value if error is None else f"{opened.state.value}: {error}")
-        del self.requests[opened.request_id]
+        del self.requests[opened.key]
         return cost
 
     def move(self, opened: OpenRequest, trigger: Trigger) -> None:
@@ -321,7 +319,7 @@ class State:
     def open_prefill_leg(self, opened: OpenRequest, worker: Worker, *, tokens: int, blocks: int) -> Leg:
         leg = self._open_leg(opened, worker, "p")
         self._compute(opened, worker, tokens)
-        worker.pinned.add(opened.request_id, blocks)
+        worker.pinned.add(opened.key, blocks)
         self.touch(worker)
         opened.prefill_leg = leg
         opened.pinned_at = worker.worker_id
@@ -338,14 +336,14 @@ class State:
     def unpin(self, opened: OpenRequest) -> None:
         if opened.pinned_at is not None:
             worker = self.workers[opened.pinned_at]
-            worker.pinned.drop(opened.request_id)
+            worker.pinned.drop(opened.key)
             self.touch(worker)
             opened.pinned_at = None
             opened.handle = b""
 
     def take_slot(self, opened: OpenRequest, worker: Worker, blocks: int) -> None:
         assert opened.slot_at is None
-        worker.slots.add(opened.request_id, blocks)
+        worker.slots.add(opened.key, blocks)
         self.touch(worker)
         opened.slot_at = worker.worker_id
 
@@ -353,7 +351,7 @@ class State:
         assert opened.decode_leg is None
         if opened.slot_at is not None:
             worker = self.workers[opened.slot_at]
-            worker.slots.drop(opened.request_id)
+            worker.slots.drop(opened.key)
             self.touch(worker)
             opened.slot_at = None
 
@@ -376,7 +374,7 @@ class State:
         return leg
 
     def _compute(self, opened: OpenRequest, worker: Worker, tokens: int) -> None:
-        worker.prefilling.add(opened.request_id, tokens)
+        worker.prefilling.add(opened.key, tokens)
         self.pools[opened.request.model].queue.computing += tokens
         opened.prefilling_at = worker.worker_id
 
@@ -384,8 +382,8 @@ class State:
         """Nobody is computing its prompt any more."""
         if opened.prefilling_at is not None:
             worker = self.workers[opened.prefilling_at]
-            self.pools[opened.request.model].queue.computing -= worker.prefilling.get(opened.request_id)
-            worker.prefilling.drop(opened.request_id)
+            self.pools[opened.request.model].queue.computing -= worker.prefilling.get(opened.key)
+            worker.prefilling.drop(opened.key)
             self.touch(worker)
             opened.prefilling_at = None
 
@@ -395,8 +393,8 @@ class State:
         self._chosen_ever += 1
         worker.chosen = self._chosen_ever
         self.touch(worker)
-        leg = Leg(f"{opened.request_id}/{self._legs_ever}/{kind}", worker.worker_id)
-        worker.legs[leg.leg_id] = opened.request_id
+        leg = Leg(f"{opened.key}/{self._legs_ever}/{kind}", worker.worker_id)
+        worker.legs[leg.leg_id] = opened.key
         self.legs[leg.leg_id] = opened
         return leg
 
@@ -413,16 +411,16 @@ class State:
             assert pool.queue.computing == sum(worker.prefilling.total for worker in pool.workers.values())
             pool.prefixes.check_integrity()
             pool.roster.check_integrity(now, pool.workers.values())
-            for request_id in pool.may_yield:
-                assert self.requests[request_id].state is not Life.QUEUED
-                assert self.requests[request_id].request.lane is Lane.BATCH
+            for key in pool.may_yield:
+                assert self.requests[key].state is not Life.QUEUED
+                assert self.requests[key].request.lane is Lane.BATCH
             for worker_id, worker in pool.workers.items():
                 assert self.workers[worker_id] is worker
         assert len(self.workers) == sum(len(pool.workers) for pool in self.pools.values())
         for worker in self.workers.values():
             self._check_worker(worker)
-        for request_id, opened in self.requests.items():
-            assert opened.request_id == request_id
+        for key, opened in self.requests.items():
+            assert opened.key == opened.request.key == key
             self._check_request(opened)
         queued = [opened for opened in self.requests.values() if opened.state is Life.QUEUED]
         assert len(queued) == self.queued
@@ -432,8 +430,8 @@ class State:
 
     def _check_worker(self, worker: Worker) -> None:
         assert not worker.gone
-        for leg_id, request_id in worker.legs.items():
-            opened = self.requests[request_id]
+        for leg_id, key in worker.legs.items():
+            opened = self.requests[key]
             assert self.legs[leg_id] is opened
             assert Leg(leg_id, worker.worker_id) in (opened.prefill_leg, opened.decode_leg)
         for holdings, place in (
@@ -442,12 +440,12 @@ class State:
             (worker.slots, "slot_at"),
         ):
             holdings.check()
-            assert all(getattr(self.requests[request_id], place) == worker.worker_id for request_id in holdings)
+            assert all(getattr(self.requests[key], place) == worker.worker_id for key in holdings)
 
     def _check_request(self, opened: OpenRequest) -> None:
         story = _told(opened)
         assert opened.state in OPEN, story
-        assert (opened.request_id in self.pools[opened.request.model].queue) == (opened.state is Life.QUEUED), story
+        assert (opened.key in self.pools[opened.request.model].queue) == (opened.state is Life.QUEUED), story
         assert (opened.prefill_leg is not None) == (opened.state is Life.PREFILLING), story
         assert (opened.decode_leg is not None) == (opened.state in (Life.HANDING_OFF, Life.DECODING)), story
         assert (opened.pinned_at is not None) == (opened.state in (Life.PREFILLING, Life.HANDING_OFF)), story
@@ -461,9 +459,9 @@ class State:
             (opened.pinned_at, "pinned"),
             (opened.slot_at, "slots"),
         ):
-            assert place is None or opened.request_id in getattr(self.workers[place], held), story
+            assert place is None or opened.key in getattr(self.workers[place], held), story
         assert len(opened.generated) <= opened.request.sampling.max_tokens, story
-        charged = self.pools[opened.request.model].queue.is_charged(opened.request_id)
+        charged = self.pools[opened.request.model].queue.is_charged(opened.key)
         assert charged == (opened.dispatched_at is not None), story
         assert opened.base <= opened.position or opened.decode_leg is None, story
 
@@ -473,4 +471,4 @@ def _selectors(book: TenantBook) -> tuple[Selector, ...]:
 
 
 def _told(opened: OpenRequest) -> str:
-    return "\n".join(f"{when:.6f} {opened.request_id} {what}" for when, what in opened.story)
+    return "\n".join(f"{when:.6f} {opened.key} {what}" for when, what in opened.story)

@@ -104,12 +104,9 @@ class History:
             even = self._max // len(self._by_tenant)
             self._drop_oldest(story.tenant if len(mine) > even else next(iter(self._by_tenant)))
 
-    def find(self, request_id: str, tenant: str | None) -> Story | None:
-        """Of any tenant if None; then the one whose tenant was heard of last."""
-        if tenant is not None:
-            return self._by_tenant.get(tenant, {}).get(request_id)
-        stories = (mine[request_id] for mine in reversed(self._by_tenant.values()) if request_id in mine)
-        return next(stories, None)
+    def find(self, request_id: str) -> list[Story]:
+        """Of every tenant that had a request of this id."""
+        return [mine[request_id] for mine in self._by_tenant.values() if request_id in mine]
 
     def check_integrity(self) -> None:
         assert self._count == sum(map(len, self._by_tenant.values())) <= self._max

@@ -16,9 +16,9 @@ class Used(NamedTuple):
     money_micros: int
 
 
-def record_id(request_id: str, admitted_wall_s: float) -> str:
-    """Clients may use a request's id again, but not while it is open."""
-    return f"{request_id}@{admitted_wall_s:.6f}"
+def record_id(tenant: str, request_id: str, admitted_wall_s: float) -> str:
+    """A tenant may use a request's id again, but not while it is open."""
+    return f"{tenant}/{request_id}@{admitted_wall_s:.6f}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

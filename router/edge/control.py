@@ -99,12 +99,14 @@ class ControlEdge:
 
     async def _explain(self, data: bytes, who: Presented) -> Message:
         tenant = await self._may_ask_about(who)
-        request_id = wire.explain_request(data).request_id
-        found = self._admin.explain(request_id, tenant)
-        if found is None:
+        asked = wire.explain_request(data)
+        found = self._admin.explain(asked.request_id, tenant or asked.tenant or None)
+        if not found or tenant not in (None, asked.tenant or tenant):
             # The same for what never was and for what is another's.
-            raise NotFound("request", request_id, f"no request {request_id!r} is known; those that ended are forgotten")
-        return wire.story(*found)
+            message = f"no request {asked.request_id!r} is known; those that ended are forgotten after a while"
+            raise NotFound("request", asked.request_id, message)
+        (story, arrived_at), *others = found
+        return wire.story(story, arrived_at, [other.tenant for other, _ in others])
 
     async def _may_ask_about(self, who: Presented) -> str | None:
         """None: everybody's requests."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -335,7 +335,7 @@ def _request_status(view: RequestView) -> control_pb2.RequestStatus:
     )
 
 
-def story(told: Story, arrived_at: float) -> control_pb2.RequestStory:
+def story(told: Story, arrived_at: float, other_tenants: Sequence[str]) -> control_pb2.RequestStory:
     error, usage, reserved = told.error, told.usage, told.reserved
     message = control_pb2.RequestStory(
         request_id=told.request_id,
@@ -344,6 +344,7 @@ def story(told: Story, arrived_at: float) -> control_pb2.RequestStory:
         lane=told.lane.value,
         state=told.state.value,
         arrived_at=arrived_at,
+        other_tenants=other_tenants,
         reason="" if error is None else error.reason,
         error="" if error is None else error.message,
         retry_after_s=None if error is None else error.retry_after_s,

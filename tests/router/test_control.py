@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from router.config import AuthConfig
 from router.edge import keys
 from router.edge.identity import Scope
-from tandem import AsyncClient, Client, TandemError
+from tandem import AsyncClient, Client, TandemError, show
 from tandem.cli import app
 from tandem.client import API_KEY_VARIABLE
 from tandem.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
@@ -49,9 +49,9 @@ class Cluster:
             options = {"max_tokens": len(ANSWER), "temperature": 0.0, "traceparent": traceparent}
             await client.generate(PROMPT, request_id=request_id, **options).result()  # type: ignore[arg-type]
 
-    async def story(self, whose: str, request_id: str) -> RequestStory:
+    async def story(self, whose: str, request_id: str, tenant: str = "") -> RequestStory:
         with self.client(whose) as client:
-            return await asyncio.to_thread(client.explain, request_id)
+            return await asyncio.to_thread(client.explain, request_id, tenant)
 
 
 @pytest_asyncio.fixture
@@ -103,6 +103,20 @@ class TestStories:
                 await cluster.story("other", request_id)
             messages.append(str(error.value).replace(request_id, "ID"))
         assert messages[0] == messages[1], "whether another's request exists can't be told"
+
+    async def test_an_id_that_several_tenants_use_is_each_ones_own(self, cluster: Cluster) -> None:
+        for whose in ("acme", "other"):
+            await cluster.ask(whose, "same")
+        for whose in ("acme", "other"):
+            story = await cluster.story(whose, "same")
+            assert (story.tenant, story.other_tenants) == (whose, ())
+        story = await cluster.story("ops", "same")
+        assert (story.tenant, story.other_tenants) == ("other", ("acme",))
+        assert "also of      acme (--tenant NAME" in show.request_story(story)
+        assert (await cluster.story("ops", "same", "acme")).tenant == "acme"
+        assert (await cluster.story("other", "same", "other")).tenant == "other"
+        with pytest.raises(NotFound):
+            await cluster.story("other", "same", "acme")
 
     async def test_a_refused_request_is_explained_by_the_limit_that_refused_it(self, cluster: Cluster) -> None:
         for number in range(4):

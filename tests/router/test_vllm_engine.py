@@ -261,8 +261,13 @@ class TestCallers:
             await stub(router).Abort(pb.AbortRequest(request_ids=["same"]), metadata=theirs)
             assert len(await worker.wait_for("decode")) == 1
             assert not call.done()
+            other = asyncio.ensure_future(failure(router, message, metadata=theirs))  # of the same id, beside it
+            await worker.wait_for("decode", 2)
             await stub(router).Abort(pb.AbortRequest(request_ids=["same"]), metadata=mine)
             assert (await call).code() is grpc.StatusCode.CANCELLED
+            assert not other.done()
+            await stub(router).Abort(pb.AbortRequest(request_ids=["same"]), metadata=theirs)
+            assert (await other).code() is grpc.StatusCode.CANCELLED
 
     async def test_without_a_key_only_health_is_told(self, files: Files) -> None:
         async with running(tenants_file=str(files.tenants), auth=files.auth()) as router:

@@ -49,7 +49,7 @@ class TestTheWayThrough:
         client = world.submit("r", PROMPT, sampling=GREEDY)
         world.step(p)
         assert len(client.tokens) == 1
-        assert world.core.state.requests["r"].state is State.HANDING_OFF
+        assert world.core.state.requests["default/r"].state is State.HANDING_OFF
 
     def test_the_decode_leg_gets_prompt_and_first_token_and_what_is_left_to_generate(self) -> None:
         world, p, d = pair()
@@ -154,7 +154,7 @@ class TestTheWayThrough:
         world.step(d)
         world.step(d)
         client.stopped_after = 1
-        world.post(ev.StopMatched("r", 1))
+        world.post(ev.StopMatched("default/r", 1))
         assert finished(client).reason is FinishReason.STOP
         assert finished(client).usage.completion_tokens == 1
         world.check_nothing_left()
@@ -170,7 +170,7 @@ class TestTheWayThrough:
             for leg_id, client in zip(worker.legs, clients, strict=True)
         )
         effects = world.post(ev.StepOutputs("b", outputs))
-        assert [effect.request_id for effect in effects if isinstance(effect, fx.Emit)] == ["r1", "r2"]
+        assert [effect.key for effect in effects if isinstance(effect, fx.Emit)] == ["default/r1", "default/r2"]
 
 
 class TestPlacement:
@@ -180,7 +180,7 @@ class TestPlacement:
         world.submit("long", tuple(range(1, 21)))
         world.submit("short", (1, 2))
         world.submit("next", (3, 4))
-        at = {request_id: opened.prefill_worker for request_id, opened in world.core.state.requests.items()}
+        at = {opened.request.request_id: opened.prefill_worker for opened in world.core.state.requests.values()}
         assert at == {"long": "p1", "short": "p2", "next": "p2"}
 
     def test_the_decode_worker_with_the_most_room_is_chosen(self) -> None:
@@ -188,7 +188,7 @@ class TestPlacement:
         world.join("p", P, prefill_legs=4), world.join("small", D, kv_blocks=20), world.join("large", D, kv_blocks=30)
         for i in range(1, 4):
             world.submit(f"r{i}", (i,) * 12, sampling=Sampling(max_tokens=20))  # 8 blocks each
-        at = {request_id: opened.slot_at for request_id, opened in world.core.state.requests.items()}
+        at = {opened.request.request_id: opened.slot_at for opened in world.core.state.requests.values()}
         assert at == {"r1": "large", "r2": "large", "r3": "small"}
 
     def test_two_whole_engines_take_turns(self) -> None:
@@ -221,7 +221,7 @@ class TestPlacement:
         world = World()
         world.join("p", P, prefill_legs=1), world.join("d", D)
         world.submit("r1"), world.submit("r2")
-        assert world.core.state.requests["r2"].state is State.QUEUED
+        assert world.core.state.requests["default/r2"].state is State.QUEUED
 
     def test_a_pair_that_cannot_exchange_blocks_is_not_used(self) -> None:
         world, p, d = pair()
@@ -269,7 +269,7 @@ class TestPlacement:
         for i in range(4):
             world.submit(f"r{i}", sampling=Sampling(max_tokens=1, temperature=0.0))
         while b.inbox or b.legs:
-            order += [effect.leg_id.split("/")[0] for effect in b.inbox if isinstance(effect, fx.SendDecode)]
+            order += [effect.leg_id.split("/")[1] for effect in b.inbox if isinstance(effect, fx.SendDecode)]
             world.step(b)
         assert order == ["r0", "r1", "r2", "r3"]
 
@@ -344,12 +344,12 @@ class TestFailures:
         p1, p2, _ = world.join("p1", P), world.join("p2", P), world.join("d1", D)
         world.join("d2", D)
         client = world.submit("r")
-        slot = world.core.state.requests["r"].slot_at
+        slot = world.core.state.requests["default/r"].slot_at
         world.deliver(p1)
         world.fail(p1, only_leg(p1), ev.Failure.ENGINE)
         world.report(p1)
         assert len(p2.inbox) == 1
-        assert world.core.state.requests["r"].slot_at == slot
+        assert world.core.state.requests["default/r"].slot_at == slot
         world.settle()
         assert finished(client).route.retries == 1
         assert finished(client).route.prefill_worker == "p2"
@@ -556,7 +556,7 @@ class TestFailures:
         world.post(ev.StepOutputs("nobody", (ev.StepOutput(order.leg_id, (4,)),)))
         world.post(ev.Fetched(worker_id="d", leg_id="x/1/d", transport="", nbytes=0, fetch_s=0.0))
         assert client.tokens == []
-        assert world.core.state.requests["r"].state is State.PREFILLING
+        assert world.core.state.requests["default/r"].state is State.PREFILLING
 
 
 class TestEnds:
@@ -566,7 +566,7 @@ class TestEnds:
         client = world.submit("r", PROMPT, sampling=GREEDY)
         for worker in (p, d, d, d)[:steps]:
             world.step(worker)
-        world.post(ev.Cancel("r"))
+        world.post(ev.Cancel("default/r"))
         assert isinstance(failure(client), Cancelled)
         world.check_nothing_left()
 
@@ -575,7 +575,7 @@ class TestEnds:
         world.submit("r", PROMPT, sampling=GREEDY)
         world.step(p)
         (handle,) = p.leases
-        effects = world.post(ev.Cancel("r"))
+        effects = world.post(ev.Cancel("default/r"))
         assert fx.ReleaseLease("p", handle) in effects
         assert any(isinstance(effect, fx.CancelLeg) and effect.worker_id == "d" for effect in effects)
 
@@ -600,14 +600,14 @@ class TestEnds:
         world, _, _ = pair()
         world.submit("r", timeout_s=2.0)
         world.now = 2.0
-        world.post(ev.Cancel("r"))
+        world.post(ev.Cancel("default/r"))
         assert world.core.stats.outcomes[State.EXPIRED] == 1
 
     def test_a_reader_that_never_reads_is_cut_off(self) -> None:
         world, p, _ = pair()
         client = world.submit("r")
         world.step(p)
-        world.post(ev.Overrun("r"))
+        world.post(ev.Overrun("default/r"))
         assert failure(client).reason == "STREAM_BUFFER"
         world.check_nothing_left()
 
@@ -617,7 +617,7 @@ class TestEnds:
         for i in range(5):
             world.submit(f"r{i}")
             world.settle()
-        told = [world.core.explain(f"r{i}") for i in range(5)]
+        told = [world.story(f"r{i}") for i in range(5)]
         assert [story is not None for story in told] == [False, False, True, True, True]
         story = [what for _, what in told[4].lines]  # type: ignore[union-attr]
         assert story[0].startswith("queued")
@@ -632,7 +632,7 @@ class TestEnds:
         world.join("b", B)
         for i in range(1_000):
             world.submit(f"r{i}", sampling=Sampling(max_tokens=1))
-            world.post(ev.Cancel(f"r{i}"))
+            world.post(ev.Cancel(f"default/r{i}"))
         assert len(world.core._timers) < 200
         assert world.core.next_deadline() == 15.0  # the look for silent workers
 
@@ -767,7 +767,7 @@ class TestOverlap:
             world.step(p)
         world.deliver(d)
         assert d.ahead
-        world.post(ev.Cancel("r"))
+        world.post(ev.Cancel("default/r"))
         world.settle()
         world.check_nothing_left()
 
@@ -785,6 +785,6 @@ class TestOverlap:
         world.deliver(p)
         leg_id = only_leg(p)
         world.compute(p, leg_id)
-        world.post(ev.Cancel("r"))
+        world.post(ev.Cancel("default/r"))
         world.report(p)
         assert not d.inbox

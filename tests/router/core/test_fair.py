@@ -37,31 +37,31 @@ class Pool:
     def push(self, tenant: str, lane: Lane = Lane.STANDARD, *, prompt: int = 100, max_tokens: int = 10) -> str:
         self.pushed += 1
         waiting = Waiting(f"{tenant}-{self.pushed}", tenant, lane, prompt, max_tokens)
-        self.waiting[waiting.request_id] = waiting
+        self.waiting[waiting.key] = waiting
         self.queue.push(self.now, waiting)
-        return waiting.request_id
+        return waiting.key
 
     def pop(self) -> str | None:
-        request_id = self.queue.peek(self.now)
-        if request_id is not None:
-            assert self.queue.pop(self.now) == request_id
-            self.running[request_id] = self.waiting.pop(request_id)
+        key = self.queue.peek(self.now)
+        if key is not None:
+            assert self.queue.pop(self.now) == key
+            self.running[key] = self.waiting.pop(key)
         self.queue.check_integrity()
-        return request_id
+        return key
 
     def order(self, count: int) -> list[str]:
         """Tenants in order of dispatch, each request ended at once."""
         order = []
         for _ in range(count):
-            if (request_id := self.pop()) is None:
+            if (key := self.pop()) is None:
                 break
-            order.append(self.running[request_id].tenant)
-            self.end(request_id)
+            order.append(self.running[key].tenant)
+            self.end(key)
         return order
 
-    def end(self, request_id: str, output: int | None = None) -> None:
-        waiting = self.running.pop(request_id)
-        self.queue.settle(self.now, request_id, waiting.prompt_tokens, waiting.max_tokens if output is None else output)
+    def end(self, key: str, output: int | None = None) -> None:
+        waiting = self.running.pop(key)
+        self.queue.settle(self.now, key, waiting.prompt_tokens, waiting.max_tokens if output is None else output)
         self.queue.check_integrity()
 
 
@@ -97,9 +97,9 @@ def test_what_is_charged_and_given_back_leaves_no_newcomer_behind() -> None:
     for _ in range(50):
         pool.push("a", max_tokens=1000)
     begun = [pool.pop() for _ in range(10)]
-    for request_id in begun:
-        assert request_id is not None
-        pool.end(request_id, 0)
+    for key in begun:
+        assert key is not None
+        pool.end(key, 0)
     pool.push("b")
     assert pool.order(2).count("b") == 1
 
@@ -156,11 +156,11 @@ def test_a_short_answer_gives_back_what_was_charged_for_a_long_one() -> None:
         pool.push("b", prompt=0, max_tokens=10)
     used = {"a": 0, "b": 0}
     for _ in range(36):
-        request_id = pool.pop()
-        assert request_id is not None
-        tenant = pool.running[request_id].tenant
+        key = pool.pop()
+        assert key is not None
+        tenant = pool.running[key].tenant
         used[tenant] += (output := 2 if tenant == "a" else 10)
-        pool.end(request_id, output)
+        pool.end(key, output)
     assert abs(used["a"] - used["b"]) <= 10
 
 
@@ -191,10 +191,10 @@ def test_a_lane_gets_its_floor_and_no_more() -> None:
             pool.push("a", lane)
     lanes = []
     for _ in range(1000):
-        request_id = pool.pop()
-        assert request_id is not None
-        lanes.append(pool.running[request_id].lane)
-        pool.end(request_id)
+        key = pool.pop()
+        assert key is not None
+        lanes.append(pool.running[key].lane)
+        pool.end(key)
     assert lanes.count(Lane.STANDARD) == pytest.approx(200, abs=2)
     assert lanes.count(Lane.BATCH) == pytest.approx(100, abs=2)
 
@@ -231,7 +231,7 @@ def test_a_tenant_at_its_cap_holds_up_nobody_and_comes_back() -> None:
         pool.push("a")
         pool.push("b")
     popped = [pool.pop() for _ in range(6)]
-    ours = [request_id for request_id in popped if request_id and request_id.startswith("a")]
+    ours = [key for key in popped if key and key.startswith("a")]
     assert len(ours) == 2
     assert pool.queue.capped_s(7.0, "a", Lane.STANDARD) == 7.0
     pool.end(ours[0])
@@ -257,7 +257,7 @@ def test_what_runs_again_goes_first_in_its_lane_and_is_charged_once() -> None:
     pool.queue.push(pool.now, pool.waiting[first], again=True)
     assert pool.pop() == first
     assert [pool.pop() is None or True for _ in range(2)] == [True, True]
-    tenants = [request_id[0] for request_id in pool.running]
+    tenants = [key[0] for key in pool.running]
     assert abs(tenants.count("a") - tenants.count("b")) <= 1
 
 
@@ -342,7 +342,7 @@ class Dumb:
         return next(f for f in self.flows if (f.tenant.id, f.lane) == (waiting.tenant, waiting.lane))
 
     def expected(self, waiting: Waiting) -> int:
-        return self.output.get(waiting.request_id, min(10, waiting.max_tokens))
+        return self.output.get(waiting.key, min(10, waiting.max_tokens))
 
     def ready(self, flow: DumbFlow) -> bool:
         held, cap = self.held[flow.tenant.id], flow.tenant.tokens_in_flight_max
@@ -365,13 +365,13 @@ class Dumb:
                     self.offset[place] = min(self.served.get(o, 0.0) + self.offset.get(o, 0.0) for o in others) - served
                 same = [f for f in mates if f.tenant.pool == flow.tenant.pool]
                 if same:
-                    served = min(served, min((f.waiting[0].request_id not in self.costs, f.counter) for f in same)[1])
+                    served = min(served, min((f.waiting[0].key not in self.costs, f.counter) for f in same)[1])
                 flow.counter = max(flow.counter, served)
             flow.was_ready = ready
 
     def key(self, flow: DumbFlow) -> tuple[bool, float]:
         return (
-            flow.waiting[0].request_id not in self.costs,
+            flow.waiting[0].key not in self.costs,
             flow.counter + self.offset.get((flow.tenant.pool, flow.lane), 0.0),
         )
 
@@ -381,30 +381,30 @@ class Dumb:
             flows = [f for f in self.flows if f.lane is lane and self.ready(f) and f.tenant.pool not in parked]
             if flows:
                 least = min(self.key(f) for f in flows)
-                return [f.waiting[0].request_id for f in flows if self.key(f) == least]
+                return [f.waiting[0].key for f in flows if self.key(f) == least]
         return []
 
     def pop(self, waiting: Waiting) -> None:
         flow = self.flow(waiting)
         flow.waiting.remove(waiting)
-        if waiting.request_id not in self.costs:
+        if waiting.key not in self.costs:
             place = (flow.tenant.pool, flow.lane)
             self.served[place] = max(self.served.get(place, 0.0), flow.counter)
-            self.output[waiting.request_id] = self.expected(waiting)
+            self.output[waiting.key] = self.expected(waiting)
             self.charge(waiting, waiting.prompt_tokens + 2.0 * self.expected(waiting))
-        self.held[flow.tenant.id][waiting.request_id] = waiting.prompt_tokens + self.output[waiting.request_id]
+        self.held[flow.tenant.id][waiting.key] = waiting.prompt_tokens + self.output[waiting.key]
         self.lift(flow.tenant.id)
 
     def charge(self, waiting: Waiting, cost: float) -> None:
         flow = self.flow(waiting)
-        self.costs[waiting.request_id] = self.costs.get(waiting.request_id, 0.0) + cost
+        self.costs[waiting.key] = self.costs.get(waiting.key, 0.0) + cost
         flow.counter += cost / flow.tenant.weight
 
     def settle(self, waiting: Waiting, cost: float) -> None:
         flow = self.flow(waiting)
-        flow.counter += (cost - self.costs.pop(waiting.request_id)) / flow.tenant.weight
-        self.held[flow.tenant.id].pop(waiting.request_id, None)
-        self.output.pop(waiting.request_id)
+        flow.counter += (cost - self.costs.pop(waiting.key)) / flow.tenant.weight
+        self.held[flow.tenant.id].pop(waiting.key, None)
+        self.output.pop(waiting.key)
         self.lift(flow.tenant.id)
 
 
@@ -427,54 +427,54 @@ def compare_with_the_model(pick: Callable[[Sequence[int]], int], steps: int) -> 
         if action <= 3:
             tenant, lane = TENANTS[pick(range(4))].id, LANES[pick(range(3))]
             one = Waiting(f"r{step}", tenant, lane, pick(range(1, 200)), pick(range(1, 60)))
-            waiting[one.request_id] = one
+            waiting[one.key] = one
             queue.push(0.0, one)
             dumb.flow(one).waiting.append(one)
             dumb.lift(tenant)
         elif action <= 6:
-            request_id = queue.peek(0.0)
+            key = queue.peek(0.0)
             allowed = dumb.best(queue.parked)
-            assert request_id in allowed if allowed else request_id is None
-            if request_id is not None and pick(range(6)) == 0:
+            assert key in allowed if allowed else key is None
+            if key is not None and pick(range(6)) == 0:
                 queue.park()
-            elif request_id is not None:
+            elif key is not None:
                 queue.pop(0.0)
-                running[request_id] = waiting.pop(request_id)
-                dumb.pop(running[request_id])
+                running[key] = waiting.pop(key)
+                dumb.pop(running[key])
         elif action == 7 and running:
-            request_id = list(running)[pick(range(len(running)))]
-            one = running.pop(request_id)
-            grown.pop(request_id, None)
+            key = list(running)[pick(range(len(running)))]
+            one = running.pop(key)
+            grown.pop(key, None)
             output = pick(range(one.max_tokens + 1))
-            queue.settle(0.0, request_id, one.prompt_tokens, output)
+            queue.settle(0.0, key, one.prompt_tokens, output)
             dumb.settle(one, one.prompt_tokens + 2.0 * output)
         elif action == 8 and running:
-            request_id = list(running)[pick(range(len(running)))]
-            one = running[request_id]
+            key = list(running)[pick(range(len(running)))]
+            one = running[key]
             if pick(range(2)):
                 output = pick(range(one.max_tokens + 1))
-                queue.grow(0.0, request_id, output)
-                if output > (had := dumb.output[request_id]):
-                    dumb.output[request_id] = min(one.max_tokens, max(2 * had, output))
-                    dumb.charge(one, 2.0 * (dumb.output[request_id] - had))
-                    dumb.held[one.tenant][request_id] += dumb.output[request_id] - had
+                queue.grow(0.0, key, output)
+                if output > (had := dumb.output[key]):
+                    dumb.output[key] = min(one.max_tokens, max(2 * had, output))
+                    dumb.charge(one, 2.0 * (dumb.output[key] - had))
+                    dumb.held[one.tenant][key] += dumb.output[key] - had
                     dumb.lift(one.tenant)
             else:
-                waiting[request_id] = running.pop(request_id)
+                waiting[key] = running.pop(key)
                 queue.push(0.0, one, again=True)
-                dumb.held[one.tenant].pop(request_id)
+                dumb.held[one.tenant].pop(key)
                 dumb.flow(one).waiting.insert(0, one)
                 dumb.lift(one.tenant)
         elif action == 9:
             if pick(range(2)):
                 queue.unpark()
             elif waiting:
-                request_id = list(waiting)[pick(range(len(waiting)))]
-                one = waiting.pop(request_id)
-                queue.remove(0.0, request_id)
+                key = list(waiting)[pick(range(len(waiting)))]
+                one = waiting.pop(key)
+                queue.remove(0.0, key)
                 dumb.flow(one).waiting.remove(one)
-                if request_id in dumb.costs:
-                    queue.settle(0.0, request_id, one.prompt_tokens, 0)
+                if key in dumb.costs:
+                    queue.settle(0.0, key, one.prompt_tokens, 0)
                     dumb.settle(one, float(one.prompt_tokens))
                 else:
                     dumb.lift(one.tenant)
@@ -510,18 +510,18 @@ def test_service_differs_by_no_more_than_the_bound_at_every_instant(seed: int) -
         for _ in range(6):
             pool.push(tenant.id, prompt=random.randint(1, prompt_max), max_tokens=output_max)
     for _ in range(4000):
-        while len(pool.running) < 8 and (request_id := pool.pop()) is not None:
-            one = pool.running[request_id]
+        while len(pool.running) < 8 and (key := pool.pop()) is not None:
+            one = pool.running[key]
             served[one.tenant] += one.prompt_tokens
-            left[request_id], made[request_id] = random.randint(1, output_max), 0
+            left[key], made[key] = random.randint(1, output_max), 0
             pool.push(one.tenant, prompt=random.randint(1, prompt_max), max_tokens=output_max)
-        for request_id in tuple(pool.running):
-            tenant_id = pool.running[request_id].tenant
-            made[request_id] += 1
+        for key in tuple(pool.running):
+            tenant_id = pool.running[key].tenant
+            made[key] += 1
             served[tenant_id] += 2.0
-            pool.queue.grow(pool.now, request_id, made[request_id])
-            if made[request_id] == left[request_id]:
-                pool.end(request_id, made[request_id])
+            pool.queue.grow(pool.now, key, made[key])
+            if made[key] == left[key]:
+                pool.end(key, made[key])
         for p, q in combinations(tenants, 2):
             unit = min(p.weight, q.weight)
             assert abs(served[p.id] / p.weight - served[q.id] / q.weight) <= 2 * max(prompt_max, 2 * cap) / unit

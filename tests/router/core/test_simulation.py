@@ -145,13 +145,13 @@ class Actions:
 
     def client_leaves(self) -> None:
         if (client := self._an_open_client()) is not None:
-            self.world.post(ev.Cancel(client.request.request_id))
+            self.world.post(ev.Cancel(client.request.key))
 
     def stop_string_found(self) -> None:
         client = self._an_open_client()
         if client is not None and client.tokens:
             client.stopped_after = self.pick(range(1, len(client.tokens) + 1))
-            self.world.post(ev.StopMatched(client.request.request_id, client.stopped_after))
+            self.world.post(ev.StopMatched(client.request.key, client.stopped_after))
 
     def end(self) -> None:
         """Faults stop: everything ends by its deadline, and nothing is left."""
@@ -168,7 +168,7 @@ class Actions:
         return [client for client in self.world.clients.values() if client.end is None]
 
     def check(self) -> None:
-        assert {client.request.request_id for client in self.open_clients()} == set(self.world.core.state.requests)
+        assert {client.request.key for client in self.open_clients()} == set(self.world.core.state.requests)
 
     def _all_say_load(self) -> None:
         for worker in tuple(self.world.workers.values()):

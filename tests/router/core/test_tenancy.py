@@ -11,7 +11,7 @@ from router.core import effects as fx
 from router.core import events as ev
 from router.core.budget import Budgets, Step
 from router.core.core import Core
-from router.core.errors import NotFound, Rejected, Unavailable
+from router.core.errors import Cancelled, NotFound, Rejected, Unavailable
 from router.core.estimate import StepModel
 from router.core.lifecycle import State as Life
 from router.core.limits import CoreLimits
@@ -22,7 +22,7 @@ from router.core.tenant import Budget, Period, PricePlan, Selector, Tenant, Tena
 from router.core.usage import Used
 from router.core.worker import Role
 from tests.router.core.test_simulation import ACTIONS, CALM, ROUGH, SAMPLINGS, Actions
-from tests.router.core.world import MODEL, Client, World
+from tests.router.core.world import MODEL, Client, World, undisturbed
 
 P, D, B = Role.PREFILL, Role.DECODE, Role.BOTH
 REGULATED: Selector = frozenset({("trust", "regulated")})
@@ -41,7 +41,8 @@ def error_of(client: Client) -> object:
 
 
 def running(world: World) -> set[str]:
-    return {name for name, opened in world.core.state.requests.items() if opened.state is not Life.QUEUED}
+    opened = world.core.state.requests.values()
+    return {one.request.request_id for one in opened if one.state is not Life.QUEUED}
 
 
 class TestAdmission:
@@ -74,6 +75,30 @@ class TestAdmission:
         assert late.retry_after_s is not None
         assert world.core.stats.refused_early == 1
         assert world.submit("patient", tenant="a", timeout_s=1000.0).end is None
+
+
+class TestIds:
+    """Clients choose them; tenants don't get into each other's way."""
+
+    def test_two_tenants_may_use_one_at_once(self) -> None:
+        world = World(book=book(Tenant(id="a"), Tenant(id="b")))
+        world.join("p", P), world.join("d", D)
+        clients = [world.submit("r", (number, 2, 3), tenant=tenant) for number, tenant in enumerate("ab", start=1)]
+        transfers = {leg_id.rsplit("/", 2)[0] for leg_id in world.core.state.legs}
+        assert len(transfers) == 2, "workers tell two requests' transfers apart by this"
+        world.settle()
+        for client in clients:
+            assert tuple(client.tokens) == undisturbed(client.request)
+        assert len({story.usage.record_id for story in world.core.explain("r") if story.usage is not None}) == 2
+
+    def test_a_cancel_reaches_only_ones_own(self) -> None:
+        world = World(book=book(Tenant(id="a"), Tenant(id="b")))
+        world.join("w", B)
+        mine, theirs = world.submit("r", tenant="a"), world.submit("r", tenant="b")
+        world.post(ev.Cancel(mine.request.key))
+        assert isinstance(error_of(mine), Cancelled)
+        world.settle()
+        assert tuple(theirs.tokens) == undisturbed(theirs.request)
 
 
 class TestBudgets:
@@ -163,7 +188,7 @@ class TestCharges:
         world.join("p", P), world.join("d", D)
         world.submit("r", tuple(range(1, 21)), tenant="a")
         world.advance(0.5)
-        world.post(ev.Cancel("r"))
+        world.post(ev.Cancel("a/r"))
         assert world.usage["r"].outcome is Life.CANCELLED
         assert world.usage["r"].prompt_tokens == 8  # five tokens were computed: the second step had begun
         assert world.usage["r"].cost == 8
@@ -171,7 +196,7 @@ class TestCharges:
     def test_what_never_began_costs_nothing(self) -> None:
         world = World(book=book(Tenant(id="a", tokens_per_minute=60)))
         world.submit("r", tenant="a")
-        world.post(ev.Cancel("r"))
+        world.post(ev.Cancel("a/r"))
         assert not world.usage
         assert world.submit("again", tenant="a").end is None
 
@@ -312,14 +337,14 @@ class TestPlacement:
         world.join("d", D, kv_blocks=512, decode_legs=16)
         prompt = tuple(range(1, 41)) * 5
         world.submit("first", prompt)
-        at = world.core.state.requests["first"].prefill_worker
+        at = world.core.state.requests["default/first"].prefill_worker
         world.settle()
         for number in range(3):
             world.submit(f"next{number}", (*prompt, number + 1))
-            assert world.core.state.requests[f"next{number}"].prefill_worker == at
+            assert world.core.state.requests[f"default/next{number}"].prefill_worker == at
             world.settle()
         assert world.core.stats.prefix_choices == 3
-        story = world.core.explain("next0")
+        story = world.story("next0")
         assert story is not None
         assert story.placed is not None
         assert story.placed.why.endswith("holds the prompt's beginning")
@@ -337,7 +362,7 @@ class TestPlacement:
         prompt = tuple(range(1, 41)) * 5
         for tenant in "abc":
             client = world.submit(tenant, prompt, tenant=tenant)
-            opened = world.core.state.requests[tenant]
+            opened = world.core.state.requests[f"{tenant}/{tenant}"]
             assert opened.salt == cache_salt(b"secret", world.core.admission.book.tenants[tenant])
             assert client.request.cache_salt == b""
             world.settle()
@@ -347,9 +372,9 @@ class TestPlacement:
         world = World(step=self.STEP)
         world.join("p", P), world.join("d", D)
         world.submit("short", (1, 2, 3))
-        assert world.core.state.requests["short"].local_prefill
+        assert world.core.state.requests["default/short"].local_prefill
         world.submit("long", tuple(range(1, 31)))
-        assert not world.core.state.requests["long"].local_prefill
+        assert not world.core.state.requests["default/long"].local_prefill
         world.settle()
         assert (world.core.stats.local_short, world.core.stats.local_cached) == (1, 0)
 
@@ -358,10 +383,10 @@ class TestPlacement:
         world.join("p", P, kv_blocks=512), world.join("d1", D, kv_blocks=512), world.join("d2", D, kv_blocks=500)
         prompt = tuple(range(1, 33)) * 6
         world.submit("first", prompt)
-        where = world.core.state.requests["first"].slot_at
+        where = world.core.state.requests["default/first"].slot_at
         world.settle()
         world.submit("next", (*prompt, 7, 8))
-        opened = world.core.state.requests["next"]
+        opened = world.core.state.requests["default/next"]
         assert (opened.local_prefill, opened.slot_at) == (True, where)
         assert world.core.stats.local_cached == 1
 
@@ -374,35 +399,45 @@ class TestTheStory:
         for number in range(3):
             world.submit(f"theirs{number}", tenant="secretive")
         world.submit("second", tenant="mine", sampling=LONG)
-        story = world.core.explain("second")
+        story = world.story("second")
         assert story is not None
         assert story.ahead is not None
         assert (story.ahead.own_requests, story.ahead.others_requests) == (0, 3)
         assert story.queue_s is None
         world.advance(2.0)
         world.settle()
-        story = world.core.explain("second")
+        story = world.story("second")
         assert story is not None
         assert story.usage is not None
         assert story.capped_s == 2.0 == story.queue_s
         assert "secretive" not in str(story)
         assert story.reserved is not None
         assert story.reserved.tokens > story.usage.prompt_tokens + story.usage.completion_tokens - 1
-        assert world.core.explain("nobody") is None
+        assert world.story("nobody") is None
 
     def test_it_is_told_to_its_own_tenant_and_to_operators(self) -> None:
         world = World(book=book(Tenant(id="a"), Tenant(id="b")))
         world.join("w", B)
         world.submit("r", tenant="a")
         for _ in range(2):  # open, then ended
-            assert world.core.explain("r", "a") == world.core.explain("r") is not None
-            assert world.core.explain("r", "b") is None
+            assert world.story("r", "a") == world.story("r") is not None
+            assert world.story("r", "b") is None
             world.settle()
-        world.usage.clear()
         # Another's request of the same name takes nothing away.
         world.submit("r", tenant="b")
         world.settle()
-        assert [world.core.explain("r", tenant).tenant for tenant in ("a", "b")] == ["a", "b"]  # type: ignore[union-attr]
+        assert [world.story("r", tenant).tenant for tenant in ("a", "b")] == ["a", "b"]  # type: ignore[union-attr]
+
+    def test_of_an_id_that_several_tenants_use_operators_get_all_stories_the_latest_first(self) -> None:
+        world = World(book=book(Tenant(id="a"), Tenant(id="b"), Tenant(id="c")))
+        world.join("w", B)
+        for tenant in "bac":
+            world.submit("r", tenant=tenant, sampling=LONG)
+            world.advance(1.0)
+        for _ in range(2):  # open, then ended
+            assert [story.tenant for story in world.core.explain("r")] == ["c", "a", "b"]
+            assert [story.tenant for story in world.core.explain("r", "a")] == ["a"]
+            world.settle()
 
     def test_waiting_as_the_next_in_line_is_told_apart(self) -> None:
         world = World(book=book(Tenant(id="a")))
@@ -411,7 +446,7 @@ class TestTheStory:
         world.submit("second", tenant="a")
         world.advance(3.0)
         world.settle()
-        story = world.core.explain("second")
+        story = world.story("second")
         assert story is not None
         assert (story.queue_s, story.stuck_s, story.capped_s) == (3.0, 3.0, 0.0)
 
@@ -424,14 +459,14 @@ class TestTheStory:
         world.submit("held", tenant="loud", sampling=LONG)
         for number in range(50):
             world.submit(f"loud{number}", tenant="loud", timeout_s=-1.0)
-        assert all(world.core.explain(f"quiet{number}") is not None for number in range(3))
-        assert [world.core.explain(f"loud{number}") is not None for number in (42, 43)] == [False, True]
+        assert all(world.story(f"quiet{number}") is not None for number in range(3))
+        assert [world.story(f"loud{number}") is not None for number in (42, 43)] == [False, True]
 
     def test_a_refused_request_has_one_too(self) -> None:
         world = World(book=book(Tenant(id="a", queue_requests_max=1)))
         world.submit("r1", tenant="a")
         world.submit("r2", tenant="a")
-        story = world.core.explain("r2")
+        story = world.story("r2")
         assert story is not None
         assert isinstance(story.error, OverQuota)
 
@@ -528,7 +563,7 @@ def test_in_random_histories_with_tenants_nothing_is_lost_or_overspent() -> None
             used = [usage for usage in world.usage.values() if usage.tenant == "b"]
             assert balance.tokens == sum(usage.prompt_tokens + usage.completion_tokens for usage in used) <= 900
             assert Budgets(records=world.records).balances(world.now, tenant) == (balance,)
-            dispatched = {name for name, client in world.clients.items() if client.tokens}
+            dispatched = {client.request.request_id for client in world.clients.values() if client.tokens}
             assert dispatched <= world.usage.keys()
         except BaseException as fault:
             fault.add_note(f"seed {seed}")

@@ -21,6 +21,7 @@ from router.core.estimate import UNKNOWN, StepModel
 from router.core.handoff import may_feed_back
 from router.core.limits import CoreLimits
 from router.core.request import FinishReason, GenerationRequest, Lane, Sampling
+from router.core.story import Story
 from router.core.tenant import TenantBook
 from router.core.usage import UsageFacts
 from router.core.worker import Capacity, KvEndpoint, Load, ModelFacts, PeerLane, Role, WorkerFacts
@@ -165,9 +166,12 @@ class World:
             tenant=tenant,
             lane=lane,
         )
-        client = self.clients[request_id] = Client(request)
+        client = self.clients[request.key] = Client(request)
         self.post(ev.Submit(request))
         return client
+
+    def story(self, request_id: str, tenant: str | None = None) -> Story | None:
+        return next(iter(self.core.explain(request_id, tenant)), None)
 
     def advance(self, seconds: float) -> None:
         """Lets time pass, ticking whenever the core asks for it."""
@@ -323,10 +327,10 @@ class World:
 
     def _apply(self, effect: fx.Effect) -> None:
         match effect:
-            case fx.Emit(request_id, event):
-                self._receive(self.clients[request_id], event)
+            case fx.Emit(key, event):
+                self._receive(self.clients[key], event)
             case fx.UsageRecorded(usage):
-                assert usage.request_id not in self.usage
+                assert usage.record_id not in {one.record_id for one in self.usage.values()}
                 self.usage[usage.request_id] = usage
             case fx.Journal(record):
                 self.records.append(record)
