@@ -78,7 +78,8 @@ class DecodeService:
 def _check_request(staged: Staged, leg: DecodeLeg) -> None:
     """Raises LegError unless the bytes are this request's: a handle says for which worker it is, and not for which leg.
 
-    Both are named after their request, "<request>/<attempt>/p" and ".../d"; what engines and transfers add comes after.
+    Both are named after their request, "<tenant>/<request>/<number>/p" and ".../d"; what engines and transfers add
+    comes after.
     """
     transfer, _, word = staged.staged_id.rpartition("#")
     if word and transfer and _request(transfer) != _request(leg.leg_id):
