@@ -7,7 +7,7 @@ import asyncio
 import hmac
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,10 +28,6 @@ class AccessRefused(Exception):
     """A file that says who may call cannot be used."""
 
 
-async def _nothing() -> None:
-    pass
-
-
 @dataclass(slots=True)
 class Access:
     authenticator: Authenticator
@@ -39,8 +35,6 @@ class Access:
     cache_secret: bytes
     #: Called when the book changed.
     on_book: Callable[[TenantBook], None]
-    #: Called after each look at the certificates, for servers that don't look by themselves.
-    on_certificates: Callable[[], Awaitable[None]] = _nothing
     #: Of the ports for clients, and of that for workers; None: plaintext.
     tls: Tls | None = None
     worker_tls: Tls | None = None
@@ -69,7 +63,6 @@ class Access:
             await asyncio.sleep(_LOOK_INTERVAL_S)
             for tls in filter(None, (self.tls, self.worker_tls)):
                 await asyncio.to_thread(tls.refresh)
-            await self.on_certificates()
 
 
 def open_access(config: RouterConfig) -> Access:

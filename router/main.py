@@ -189,12 +189,6 @@ async def serve(
         _on_signals(loop, asked_to_stop)
     shell.on_fault = asked_to_stop.set
     pages = [one for one in (http, metrics) if one is not None]
-
-    async def renew() -> None:
-        for page in pages:
-            await page.renew()
-
-    access.on_certificates = renew
     if gate.is_open:
         _log.warning(
             "OPEN TO WORKERS: whoever reaches %s may join and be given prompts; join_key changes that", config.host

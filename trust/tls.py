@@ -253,6 +253,16 @@ class Tls:
         with self._lock:
             return self._context(protocols)
 
+    def renewing_context(self, *protocols: str) -> ssl.SSLContext:
+        """The same for a server that runs long: each handshake gets what is newest by then."""
+
+        def renew(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+            connection.context = self.server_context(*protocols)
+
+        first = self.server_context(*protocols)
+        first.sni_callback = renew
+        return first
+
     def client_context(self) -> ssl.SSLContext:
         """Check against `files.server_name` where it is set."""
         self.refresh()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from email.utils import formatdate
@@ -209,8 +208,6 @@ class HttpServer:
         self._limits = limits
         self._age_s_max = age_s_max
         self._tls = tls
-        #: What new connections get.
-        self._context: ssl.SSLContext | None = None
         self._config = Config(
             app,
             http=_Connection,
@@ -223,7 +220,6 @@ class HttpServer:
         )
         self._config.load()
         self._state = ServerState()
-        self._listener: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self.port = 0
 
@@ -234,28 +230,13 @@ class HttpServer:
         listener = socket.create_server((host, port), family=family, backlog=backlog, reuse_port=shared)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio sets it for its own only
         self.port = listener.getsockname()[1]
-        self._listener = listener
-        self._server = await self._serve()
-
-    async def _serve(self) -> asyncio.Server:
-        assert self._listener is not None
-        context = None
-        if self._tls is not None:
-            self._context = context = self._tls.server_context("http/1.1")
-        return await asyncio.get_running_loop().create_server(
+        self._server = await asyncio.get_running_loop().create_server(
             self._connection,
-            sock=self._listener.dup(),  # so that another may take its place
-            backlog=self._config.backlog,
-            ssl=context,
-            ssl_handshake_timeout=self._limits.read_timeout_s if context else None,
+            sock=listener,
+            backlog=backlog,
+            ssl=self._tls.renewing_context("http/1.1") if self._tls else None,
+            ssl_handshake_timeout=self._limits.read_timeout_s if self._tls else None,
         )
-
-    async def renew(self) -> None:
-        """New connections get what the TLS files hold now; open ones go on. None is lost: both accept meanwhile."""
-        if self._tls is None or self._server is None or self._tls.server_context("http/1.1") is self._context:
-            return
-        before, self._server = self._server, await self._serve()
-        before.close()
 
     def _connection(self) -> _Connection:
         return _Connection(self._config, self._state, self._limits, self._age_s_max)
@@ -265,8 +246,6 @@ class HttpServer:
         if self._server is None:
             return
         self._server.close()
-        if self._listener is not None:
-            self._listener.close()
         for connection in list(self._state.connections):
             connection.shutdown()
         if self._state.tasks:

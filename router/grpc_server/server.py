@@ -58,7 +58,7 @@ class GrpcServer:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host.strip("[]"), port), family=family, backlog=1024, reuse_port=shared)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio sets it for its own only
-        self._sockets.append((listener, None if tls is None else _renewing(tls)))
+        self._sockets.append((listener, None if tls is None else tls.renewing_context("h2")))
         return int(listener.getsockname()[1])
 
     async def start(self) -> None:
@@ -147,17 +147,6 @@ def _http_refusal(fields: Mapping[bytes, bytes]) -> bytes:
         return b"405"
     kind = fields.get(b"content-type", b"").partition(b";")[0].strip()
     return b"" if kind.partition(b"+")[0] == b"application/grpc" else b"415"
-
-
-def _renewing(tls: Tls) -> ssl.SSLContext:
-    """A context that each handshake replaces by the newest, as certificates are renewed while the server runs."""
-
-    def renew(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        connection.context = tls.server_context("h2")
-
-    first = tls.server_context("h2")
-    first.sni_callback = renew
-    return first
 
 
 async def _refuse(call: Call, refusal: Malformed) -> None:
