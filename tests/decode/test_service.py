@@ -7,6 +7,7 @@ from decode.admission import DecodeLimits
 from decode.ahead import FetchesAhead
 from decode.service import DecodeOrder, DecodeService
 from engine.base import DecodeLeg, FailureKind, LegError, Sampling, Staged, StepOutput
+from tests.loop import settle
 from tests.worker.scripted_engine import ScriptedEngine, transfer_failed
 
 LIMITS = DecodeLimits(legs=4, fetches=1, fetch_timeout_s=5)
@@ -108,7 +109,7 @@ async def test_cancel_while_decoding_aborts_the_engines_leg(engine: ScriptedEngi
     leg = asyncio.create_task(service.serve(order("a", b"h"), "a~1", heard))
     await engine.until("begun decode a")
     engine.push("a", 8)
-    await asyncio.sleep(0.01)
+    await settle()
     leg.cancel()
     await asyncio.wait([leg])
     assert heard.tokens == [8]

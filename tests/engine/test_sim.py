@@ -87,7 +87,7 @@ async def running(*engines: SimEngine) -> AsyncIterator[None]:
 
 async def becomes_idle(sim: SimEngine) -> None:
     """Waits for what was released to have arrived."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not is_idle(await sim.load()):  # noqa: ASYNC110 - there is no event of it: it is what tests look at
             await asyncio.sleep(0.005)
 

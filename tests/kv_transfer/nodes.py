@@ -19,7 +19,7 @@ from trust.tls import Tls
 SECRET = b"the cluster's secret"
 
 
-def eventually(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
+def eventually(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
     """Waits for what other threads will bring about."""
     deadline = time.monotonic() + timeout_s
     while not holds():

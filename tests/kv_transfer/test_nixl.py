@@ -128,9 +128,9 @@ def test_an_idle_agent_sleeps() -> None:
         transport.connect("p", "i1", bytes.fromhex(owner.hello))
         transport.read("p", one_segment(ARENA, 0, STAGING, 0, 1 << 20), 20.0)
         ours, theirs = time.process_time(), owner.cpu_s()
-        time.sleep(2.0)
-        assert time.process_time() - ours < 0.1, "5 % of a core"
-        assert owner.cpu_s() - theirs < 0.1
+        time.sleep(1.0)
+        assert time.process_time() - ours < 0.25, "what does not sleep takes a core"
+        assert owner.cpu_s() - theirs < 0.25
         transport.close()
 
 

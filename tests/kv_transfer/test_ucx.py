@@ -31,5 +31,5 @@ def test_ucx_passes_the_conformance_suite() -> None:
 def test_an_idle_process_sleeps() -> None:
     with peer_process("transport", "ucx") as owner:
         before = owner.cpu_s()
-        time.sleep(2.0)
-        assert owner.cpu_s() - before < 0.1, "5 % of a core"
+        time.sleep(1.0)
+        assert owner.cpu_s() - before < 0.25, "what does not sleep takes a core"

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @dataclass

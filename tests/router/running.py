@@ -23,7 +23,7 @@ MODEL_DIR = Path(__file__).parents[2] / "models" / "tandem-nano"
 MODEL = "nano"
 CONTEXT = 4096
 VOCAB = 4096
-WAIT_S = 20.0
+WAIT_S = 60.0
 JOIN_KEY = b"only those who know this are workers"
 GENERATE = "/tandem.v1.Inference/Generate"
 

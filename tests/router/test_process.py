@@ -19,7 +19,7 @@ from protos import inference_pb2, inference_pb2_grpc, worker_link_pb2_grpc
 from router.config import RouterConfig, from_json, to_json
 from tests.router.running import BOTH, MODEL, MODEL_DIR, Message, hello
 
-WAIT_S = 30
+WAIT_S = 60
 
 
 def config(**changes: object) -> RouterConfig:

@@ -54,7 +54,7 @@ class RunningWorker:
     endings: list[ExitCode] = field(default_factory=list)
 
     async def exit_code(self) -> ExitCode:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await self.task
 
 

@@ -66,7 +66,7 @@ class ScriptedEngine:
     async def until(self, line: str) -> None:
         """Until this was begun, done or aborted: "begun prefill a/1/p"."""
         state, what = line.split(" ", 1)
-        async with asyncio.timeout(5), self._changed:
+        async with asyncio.timeout(60), self._changed:
             await self._changed.wait_for(lambda: what in getattr(self, state))
 
     async def let_go(self, step: str) -> None:

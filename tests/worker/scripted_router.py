@@ -14,7 +14,7 @@ from trust.tls import PLAINTEXT, Tls, TlsFiles
 
 Worker = worker_link_pb2.WorkerMessage
 Router = worker_link_pb2.RouterMessage
-WAIT_S = 10
+WAIT_S = 60
 
 
 class Link:

@@ -34,7 +34,7 @@ class Worker:
 
     async def until_logged(self, text: str) -> None:
         assert self.process.stderr
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while text not in self.log:
                 line = (await self.process.stderr.readline()).decode()
                 assert line, f"the worker ended before it said {text!r}:\n{self.log}"
@@ -42,7 +42,7 @@ class Worker:
 
     async def exit_code(self) -> int:
         assert self.process.stderr
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             self.log += (await self.process.stderr.read()).decode()
             return await self.process.wait()
 
@@ -82,7 +82,7 @@ async def test_sigterm_drains_and_ends_well() -> None:
         worker.process.send_signal(signal.SIGTERM)
         assert await worker.exit_code() == ExitCode.LEFT
         assert "drained" in worker.log
-        await asyncio.wait_for(link.over.wait(), 5)
+        await asyncio.wait_for(link.over.wait(), 60)
         assert any(message.HasField("draining") for message in link.received)
         assert link.terminals("a/1/d") == 1
 
@@ -96,14 +96,14 @@ async def test_a_second_signal_ends_it_at_once(number: signal.Signals) -> None:
             pass
         worker.process.send_signal(number)
         assert await worker.exit_code() == 128 + number
-        await asyncio.wait_for(link.over.wait(), 5)
+        await asyncio.wait_for(link.over.wait(), 60)
 
 
 async def test_a_killed_worker_is_lost_to_its_router_at_once() -> None:
     async with serving(speedup=0.1) as (worker, link, _):
         await begin_decoding(link, 1000)
         worker.process.kill()
-        await asyncio.wait_for(link.over.wait(), 5)
+        await asyncio.wait_for(link.over.wait(), 60)
 
 
 async def test_it_says_what_it_does() -> None:

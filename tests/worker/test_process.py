@@ -45,7 +45,7 @@ async def test_an_idle_worker_leaves_at_once(engine: ScriptedEngine) -> None:
         assert await worker.exit_code() is ExitCode.LEFT
         assert worker.endings == [ExitCode.LEFT]
         assert engine.stopped
-        await asyncio.wait_for(link.over.wait(), 5)
+        await asyncio.wait_for(link.over.wait(), 60)
 
 
 async def test_a_router_can_send_a_worker_away(engine: ScriptedEngine) -> None:
@@ -208,7 +208,7 @@ async def test_health_follows_the_worker(engine: ScriptedEngine, caplog: pytest.
                 stub = health_pb2_grpc.HealthStub(channel)
 
                 async def serving(service: str) -> bool:
-                    reply = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+                    reply = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
                     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
                 assert not await serving("readiness")
@@ -252,7 +252,7 @@ def ports(caplog: pytest.LogCaptureFixture) -> tuple[int, int]:
 
 
 def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as reply:
         return str(reply.read().decode())
 
 

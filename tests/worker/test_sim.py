@@ -77,7 +77,7 @@ class Pair:
     async def at_rest(self) -> None:
         """Nothing is open, pinned or staged, and every block is free, at both ends."""
         for link in (self.p, self.d):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while True:
                     load = await link.next_load()
                     held = (
@@ -373,7 +373,7 @@ async def test_a_lost_router_frees_every_block() -> None:
             pass
         for link in (at.p, at.d):
             link.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             for engine in at.engines:
                 while holds_blocks(await engine.load()):  # noqa: ASYNC110  it tells only when asked
                     await asyncio.sleep(0.01)

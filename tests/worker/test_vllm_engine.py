@@ -31,7 +31,7 @@ from trust.tls import Tls, TlsFiles
 from worker.config import Role, WorkerConfig
 from worker.stops import load_tokenizer
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 TEXT = load_tokenizer(MODEL)
 PROMPT = tuple(range(5, 105))
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
