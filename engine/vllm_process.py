@@ -161,9 +161,6 @@ class VllmProcess:
         self._threads = DaemonThreads(node.limits.fetches + 4, f"kv-{node.name}")
         self.info = _info(self.core, self.connector, launch)
         self._input = _input_processor(self.core)
-        #: vLLM may have begun a step that is not done when the call returns (`core.batch_queue`). Then nothing says
-        #: what is computed for sure.
-        self._can_overlap = self.core.batch_queue is None
 
     # From the worker --------------------------------------------------------------------------------------------------
 
@@ -277,8 +274,7 @@ class VllmProcess:
 
     def stepped(self, outputs: list[Any]) -> None:
         messages: list[FromEngine] = [_output(output) for output in outputs]
-        if self._can_overlap:
-            messages += [Offered(name, handle) for name, handle in self.connector.publish_computed(self.core.scheduler)]
+        messages += [Offered(name, handle) for name, handle in self.connector.publish_computed(self.core.scheduler)]
         if messages:
             self._channel.send(*messages)
 

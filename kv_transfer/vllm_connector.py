@@ -17,8 +17,12 @@ with nothing to compute is woken for it (`on_lease_ended`).
 
 **Before that**, a prompt of several chunks is readable while it is computed: after each step that computed a part of it
 the blocks that are whole are published (`publish_computed`), and the stream becomes the lease when the prompt is done.
+What counts is the step's own report. vLLM's scheduler counts tokens as computed when it schedules them, and with
+asynchronous scheduling it is a step ahead of the device. So what a step computes goes with it to the worker half
+(`TandemMetadata.computes`) and comes back with its output (`_Computed`), which vLLM hands to `update_connector_output`
+when the step is over; on a GPU an event on the step's stream is waited for there, too.
 vLLM may take the blocks back meanwhile, by preempting the request or by an abort: the stream is withdrawn in the same
-`schedule`, before the step that could write into them.
+`schedule`, before the step that could write into them, and the reports of steps still under way are of no interest.
 
 **The reader's moment** is the step that admits a decode leg. Its blocks have been fetched and confirmed before vLLM
 heard of the request, so the connector answers `get_num_new_matched_tokens` with a *synchronous* load, which vLLM runs
@@ -49,6 +53,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -82,6 +87,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 log = logging.getLogger(__name__)
@@ -141,6 +147,14 @@ class _Core:
         if device.type == "cuda":
             # The pages go to the next fetch as soon as this returns, and that does not wait for our stream.
             torch.cuda.current_stream().synchronize()
+
+    def after_step(self) -> torch.cuda.Event | None:
+        """Is over when all that the step under way has given the device is done; None where steps run on the CPU."""
+        if self._blocks.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        return event
 
 
 #: Set by the worker half when it is given the KV memory, and found by the scheduler half, which vLLM makes later.
@@ -323,6 +337,19 @@ class TandemMetadata(KVConnectorMetadata):
     copies: list[_Copy] = field(default_factory=list)
     #: vLLM's ids of pinned requests whose lease has ended.
     sent: set[str] = field(default_factory=set)
+    #: How many tokens of prompts that can be read meanwhile are computed when this step is done, by vLLM's request id.
+    computes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Computed(KVConnectorWorkerMetadata):
+    """What one engine step has computed, from the worker half to the scheduler half."""
+
+    tokens: Mapping[str, int]
+    done: torch.cuda.Event | None
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        raise NotImplementedError("there is one worker")
 
 
 @dataclass(slots=True)
@@ -333,8 +360,16 @@ class _Prefill:
     started: float | None = None
     #: The handle to what can be read while the rest is computed; empty before the first part, and if it can't.
     handle: bytes = b""
-    #: How many tokens have been told to be in place.
+    #: How many tokens steps have reported, and how many have been told to be in place.
+    computed: int = 0
     published: int = 0
+    #: vLLM has taken its blocks back once. Steps that were under way may still report on them.
+    preempted: bool = False
+
+    @property
+    def is_readable(self) -> bool:
+        """While it is computed."""
+        return self.order.overlap and not self.preempted
 
 
 class _Scheduler:
@@ -357,19 +392,37 @@ class _Scheduler:
             case DecodeOrder():
                 self._loads[request_id] = order
 
+    def computes(self, output: SchedulerOutput) -> dict[str, int]:
+        """Of this step, see TandemMetadata."""
+        before = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        before.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        return {
+            request_id: before[request_id] + tokens
+            for request_id, tokens in output.num_scheduled_tokens.items()
+            if (prefill := self._prefills.get(request_id)) and prefill.is_readable
+        }
+
+    def computed(self, report: _Computed) -> None:
+        """A step is over."""
+        if report.done is not None:
+            report.done.synchronize()
+        for request_id, tokens in report.tokens.items():
+            if prefill := self._prefills.get(request_id):
+                prefill.computed = tokens
+
     def publish(self, scheduler: Scheduler) -> list[tuple[str, bytes]]:
         """The handles that are new, by request."""
         found = []
         for request_id, prefill in self._prefills.items():
-            request = scheduler.requests.get(request_id)
-            computed = request.num_computed_tokens if request else 0
-            if prefill.order.overlap and prefill.published < computed < prefill.prompt_tokens:
-                if prefill.published == 0 and self._stream(prefill):
-                    found.append((request_id, prefill.handle))
-                prefill.published = computed
-                if prefill.handle:
-                    block_ids = scheduler.kv_cache_manager.get_block_ids(request_id)[0]
-                    self._core.node.publish(prefill.order.transfer_id, block_ids, computed)
+            if not prefill.is_readable or not prefill.published < prefill.computed < prefill.prompt_tokens:
+                continue
+            if prefill.published == 0 and self._stream(prefill):
+                found.append((request_id, prefill.handle))
+            prefill.published = prefill.computed
+            if prefill.handle:
+                block_ids = scheduler.kv_cache_manager.get_block_ids(request_id)[0]
+                self._core.node.publish(prefill.order.transfer_id, block_ids, prefill.computed)
         return found
 
     def _stream(self, prefill: _Prefill) -> bool:
@@ -391,6 +444,7 @@ class _Scheduler:
         """vLLM has taken the blocks back; what was computed will be computed again, somewhere else."""
         prefill = self._prefills.get(request_id)
         if prefill is not None:
+            prefill.preempted = True
             self._withdraw(prefill)
 
     def _withdraw(self, prefill: _Prefill) -> None:
@@ -464,10 +518,10 @@ class _Scheduler:
         self._pins[order.transfer_id] = request.request_id
         return handle, ""
 
-    def take_step(self) -> TandemMetadata:
+    def take_step(self, output: SchedulerOutput) -> TandemMetadata:
         sent = {self._pins.pop(transfer_id) for transfer_id in self._core.node.take_ended()}
         copies, self._copies = self._copies, []
-        return TandemMetadata(copies, sent)
+        return TandemMetadata(copies, sent, self.computes(output))
 
 
 def _end(load: DecodeOrder, request: Request) -> int:
@@ -516,7 +570,8 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler.expect(request, order)
 
     def publish_computed(self, scheduler: Scheduler) -> list[tuple[str, bytes]]:
-        """After a step: prompts of which a part is computed become readable. The handles that are new, by request."""
+        """After a step: prompts become readable as far as steps that are over have computed them. The handles that are
+        new, by request."""
         return self._scheduler.publish(scheduler)
 
     def forget(self, request_id: str) -> None:
@@ -538,6 +593,10 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return self._metadata().sent, None
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        computes = self._metadata().computes
+        return _Computed(computes, _get_core().after_step()) if computes else None
 
     def _metadata(self) -> TandemMetadata:
         metadata = self._get_connector_metadata()
@@ -567,7 +626,12 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> TandemMetadata:
         for request_id in scheduler_output.preempted_req_ids or ():
             self._scheduler.preempted(request_id)
-        return self._scheduler.take_step()
+        return self._scheduler.take_step(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, _Computed):
+            self._scheduler.computed(report)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

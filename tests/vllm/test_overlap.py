@@ -1,15 +1,40 @@
-"""A prompt that is read while it is computed, in four chunks: the same answer, and nothing of it if it is given up."""
+"""A prompt that is read while it is computed, in four chunks: the same answer, and nothing of it if it is given up.
+
+All of it with vLLM's two schedulers: one that waits for every step, and one that is a step ahead."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from engine.base import DecodeLeg, FailureKind, LegError, PrefillLeg, PrefillResult, Sampling, Staged
-from tests.vllm.harness import Pair, becomes_idle, collect, is_idle, prompt
+from engine.vllm import VllmEngine
+from tests.vllm.harness import Pair, becomes_idle, collect, is_idle, options, prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+class LateEngine(VllmEngine):
+    connector = ("tests.vllm.late", "LateConnector")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=["synchronous", "asynchronous"])
+async def engines(request: pytest.FixtureRequest, engines: Pair, model: Path) -> AsyncIterator[Pair]:
+    if request.param == "synchronous":
+        yield engines
+        return
+    prefill = LateEngine(options("late", model=str(model)))
+    try:
+        info = await prefill.start()
+        lane = await engines.decode.connect("late", info.kv_address)
+        assert not lane.refusal
+        yield Pair(prefill, engines.decode, (info, engines.infos[1]))
+    finally:
+        await prefill.stop()
 
 
 def prefill_leg(pair: Pair, tokens: int, start: int) -> PrefillLeg:
