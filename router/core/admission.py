@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import inf
 
-from router.core.budget import GRANT_TOKENS, Balance, Budgets, Record
+from router.core.budget import GRANT_TOKENS, Balance, Budgets, Record, Terms
 from router.core.errors import Invalid, NotFound, OutOfRange, TandemError
 from router.core.quota import OverQuota, QuotaFacts
 from router.core.rate import Bucket, RateLeft
@@ -52,9 +52,9 @@ class Admitted:
     wall_s: float
     waits: bool = True
     tokens_epoch: int = 0
-    #: In the budgets; 0 when its tenant has none.
+    #: In the budgets; 0 when nobody asks what it used.
     reservation: int = 0
-    #: Output that the budget's journal knows of.
+    #: Output that the budgets' journal knows of.
     granted: int = 0
 
     @property
@@ -88,6 +88,8 @@ class _Refusal:
 class Admission:
     book: TenantBook
     budgets: Budgets = field(default_factory=Budgets)
+    #: What tenants without budgets use is reserved and settled, too.
+    reserves_all: bool = False
     _accounts: dict[str, _Account] = field(default_factory=dict)
 
     def why_not(self, now: float, request: GenerationRequest, *, queue_wait_s: float = 0.0) -> TandemError | None:
@@ -122,14 +124,23 @@ class Admission:
             account.requests.take(now, 1)
         if account.tokens is not None:
             admitted.tokens_epoch = account.tokens.take(now, prompt + output)
-        if not tenant.budgets:
+        if not (tenant.budgets or self.reserves_all):
             return admitted, None
+        plan = account.plan
         record = self.budgets.reserve(
             now,
             tenant.id,
             request.request_id,
             tokens=prompt + output,
-            money_micros=_dearest(account.plan, prompt, output),
+            money_micros=_dearest(plan, prompt, output),
+            terms=Terms(
+                prompt,
+                request.model,
+                request.lane.value,
+                request.key_id,
+                "" if plan is None else plan.name,
+                "" if plan is None else plan.version,
+            ),
         )
         admitted.reservation, admitted.wall_s = record.reservation, record.wall_s
         return admitted, record

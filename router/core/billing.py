@@ -47,18 +47,23 @@ def usage_of(now: float, opened: OpenRequest, cost: float, completion_tokens: in
 
 def usage_of_lost(held: Reservation, wall_s: float) -> UsageFacts:
     """Of a request that the router died with, known from the budgets' journal alone."""
+    terms = held.terms
+    prompt_tokens = min(terms.prompt_tokens, held.granted_tokens)
     return UsageFacts(
         record_id=held.record_id,
         request_id=held.request_id,
         tenant=held.tenant,
-        model="",
-        lane=Lane.STANDARD,
+        key_id=terms.key_id,
+        model=terms.model,
+        lane=Lane(terms.lane or "standard"),
         outcome=Life.FAILED,
         ended_wall_s=wall_s,
-        prompt_tokens=held.granted_tokens,
+        prompt_tokens=prompt_tokens,
         cached_prompt_tokens=0,
-        completion_tokens=0,
+        completion_tokens=held.granted_tokens - prompt_tokens,
         money_micros=held.granted_micros,
+        price_plan=terms.price_plan,
+        price_plan_version=terms.price_plan_version,
         estimated=True,
     )
 

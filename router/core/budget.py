@@ -1,4 +1,4 @@
-"""What tenants may spend in a period, in tokens and money. One owner, so concurrency can't overspend.
+"""What tenants spend in a period, in tokens and money, and may. One owner, so concurrency can't overspend.
 
 A request reserves the most it can cost when it is admitted and settles what it did cost when it ends. Every step is a
 `Record`, numbered without gaps, that is written down before anything that depends on it is done: effects are carried
@@ -11,7 +11,8 @@ bound of what was spent, however the router ended:
     BALANCE    what was spent in a period before; replaces all settled records when the journal is rewritten
 
 A reservation that a crash left open is settled at its last grant: at most `GRANT_TOKENS` of output more than the client
-got. Money is settled by the price plan of admission.
+got. Money is settled by the price plan of admission. Tenants without budgets reserve, too, where usage is recorded:
+else a crash would leave nothing of what they had open.
 
 Periods are by wall time: the core's monotonic clock + `wall_offset_s`.
 """
@@ -22,12 +23,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import inf
+from typing import NamedTuple
 
 from router.core.tenant import Budget, Period, Tenant
 from router.core.usage import record_id
 
 #: Output tokens granted at a time.
 GRANT_TOKENS = 64
+
+
+class Terms(NamedTuple):
+    """What a bill says beside amounts, and the prompt's part of them."""
+
+    prompt_tokens: int = 0
+    model: str = ""
+    lane: str = ""
+    key_id: str = ""
+    price_plan: str = ""
+    price_plan_version: str = ""
 
 
 class Step(Enum):
@@ -51,6 +64,8 @@ class Record:
     request_id: str = ""
     #: Of a balance.
     period: Period | None = None
+    #: Of a reservation.
+    terms: Terms | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +76,7 @@ class Reservation:
     wall_s: float
     tokens: int
     money_micros: int
+    terms: Terms
     granted_tokens: int = 0
     granted_micros: int = 0
 
@@ -125,7 +141,9 @@ class Budgets:
         found = list(self._short(now, tenant, tokens, money_micros))
         return max(found, key=lambda short: short.retry_at, default=None)
 
-    def reserve(self, now: float, tenant: str, request_id: str, *, tokens: int, money_micros: int) -> Record:
+    def reserve(
+        self, now: float, tenant: str, request_id: str, *, tokens: int, money_micros: int, terms: Terms | None = None
+    ) -> Record:
         return self._write(
             Record(
                 number=self._number + 1,
@@ -136,6 +154,7 @@ class Budgets:
                 money_micros=money_micros,
                 reservation=self._number + 1,
                 request_id=request_id,
+                terms=terms,
             )
         )
 
@@ -196,6 +215,7 @@ class Budgets:
             money_micros=money_micros,
             reservation=reservation,
             request_id=held.request_id,
+            terms=held.terms if step is Step.RESERVE else None,
         )
 
     def _write(self, record: Record) -> Record:
@@ -218,7 +238,13 @@ class Budgets:
             spent[record.period] = _Spent(record.wall_s, record.tokens, record.money_micros)
         elif record.step is Step.RESERVE:
             self._open[record.reservation] = Reservation(
-                record.reservation, record.tenant, record.request_id, record.wall_s, record.tokens, record.money_micros
+                record.reservation,
+                record.tenant,
+                record.request_id,
+                record.wall_s,
+                record.tokens,
+                record.money_micros,
+                record.terms or Terms(),
             )
             self._spend(record, record.tokens, record.money_micros)
         elif record.step is Step.GRANT:

@@ -16,7 +16,6 @@ Four rules hold everywhere below:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from router.core import effects as fx
@@ -79,16 +78,17 @@ class Core:
         cache_secret: bytes = b"",
         wall_offset_s: float = 0.0,
         records: Iterable[Record] = (),
-        recorded: Mapping[str, Used] = MappingProxyType({}),
+        recorded: Mapping[str, Used] | None = None,
     ) -> None:
         """`cache_secret`: cache salts are derived from it and no request's own is used. `wall_offset_s`: added to `now`
         it gives seconds since 1970. `records`: what a core before this one had journaled; the first `handle` also
         returns what follows from it. `recorded`: of the reservations that they leave open, by record id, those whose
-        usage was recorded already."""
+        usage was recorded already. Without it usage is not recorded, and nothing but budgets' use is journaled."""
         self.limits = limits
         self.stats = Stats()
         book = book or TenantBook.open()
-        self.admission = Admission(book, Budgets(wall_offset_s=wall_offset_s, records=records))
+        budgets = Budgets(wall_offset_s=wall_offset_s, records=records)
+        self.admission = Admission(book, budgets, reserves_all=recorded is not None)
         self.state = State(
             history_max=limits.history_max,
             story_lines_max=limits.story_lines_max,
@@ -132,7 +132,7 @@ class Core:
         for model in models:
             self.state.pool(now, model)
             self._timers.set(now + limits.path_wait_s, Kind.PATIENCE, model)
-        self._settle_lost(recorded)
+        self._settle_lost(recorded or {})
 
     # The contract.
 

@@ -1,1 +1,1 @@
-"""Will hold the usage ledger, the audit log and the price book."""
+"""What outlives the router: the journal of budgets and open requests, and the usage ledger."""

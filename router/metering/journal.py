@@ -12,13 +12,15 @@ would spend money twice. The file is locked: two routers can't own one journal.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
-from router.core.budget import Record, Step
+import msgspec
+
+from router.core.budget import Record, Step, Terms
 from router.core.tenant import Period
 
 
@@ -96,8 +98,9 @@ def _line(record: Record) -> bytes:
         record.reservation,
         record.request_id,
         record.period.value if record.period is not None else None,
+        *(record.terms or ()),
     ]
-    text = json.dumps(facts, separators=(",", ":")).encode()
+    text = msgspec.json.encode(facts)
     return b"%08x %s\n" % (crc32(text), text)
 
 
@@ -115,13 +118,13 @@ def _parse(data: bytes, path: Path) -> tuple[list[Record], int]:
             if end + 1 == len(data):
                 break
             raise JournalError(f"{path}: damaged at byte {whole}, after record {len(records)}")
-        records.append(_record(json.loads(text)))
+        records.append(_record(msgspec.json.decode(text)))
         whole = end + 1
     return records, whole
 
 
-def _record(facts: list[str]) -> Record:
-    number, step, tenant, wall_s, tokens, money, reservation, request_id, period = facts
+def _record(facts: list[Any]) -> Record:
+    number, step, tenant, wall_s, tokens, money, reservation, request_id, period, *terms = facts
     return Record(
         number=int(number),
         step=Step(step),
@@ -132,6 +135,7 @@ def _record(facts: list[str]) -> Record:
         reservation=int(reservation),
         request_id=request_id,
         period=None if period is None else Period(period),
+        terms=Terms(*terms) if terms else None,
     )
 
 

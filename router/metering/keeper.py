@@ -21,20 +21,28 @@ _JOURNAL_BYTES_MAX = 64 << 20
 
 
 class Keeper:
-    """Belongs to one event loop. Either path may be empty: then that is not kept."""
+    """Belongs to one event loop. Either path may be empty: then that is not kept.
+
+    A ledger needs a journal, of what is open: without one of its own it has it beside its lines.
+    """
 
     def __init__(self, journal: str, ledger: str) -> None:
         """Blocking. Raises JournalError, LedgerError, OSError."""
         self._ledger = Ledger(Path(ledger)) if ledger else None
+        if ledger and not journal:
+            journal = str(Path(ledger) / "open.journal")
         self._journal = Journal(Path(journal)) if journal else None
-        #: What a core before this one journaled; and of what that leaves open, what was recorded as used.
+        #: What a core before this one journaled; and of what that leaves open, what was recorded as used. None without
+        #: a ledger.
         self.records = self._journal.records() if self._journal is not None else ()
         self.recorded = self._recorded()
         self._appended = asyncio.Event()
 
-    def _recorded(self) -> dict[str, Used]:
+    def _recorded(self) -> dict[str, Used] | None:
+        if self._ledger is None:
+            return None
         held = list(Budgets(records=self.records).open)
-        if self._ledger is None or not held:
+        if not held:
             return {}
         return self._ledger.recorded([one.record_id for one in held], min(one.wall_s for one in held))
 

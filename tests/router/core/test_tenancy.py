@@ -133,11 +133,34 @@ class TestBudgets:
         assert all(usage.estimated for usage in lost)
         (balance,) = core.admission.budgets.balances(0.0, self.TENANT)
         assert got <= balance.tokens <= 130
-        assert balance.tokens == settled + sum(usage.prompt_tokens for usage in lost)
+        assert balance.tokens == settled + sum(usage.prompt_tokens + usage.completion_tokens for usage in lost)
         records = [effect.record for effect in effects if isinstance(effect, fx.Journal)]
         again = Budgets(records=[*world.records, *records])
         assert not list(again.open)
         assert again.balances(0.0, self.TENANT)[0].tokens == balance.tokens
+
+    def test_where_usage_is_recorded_a_crash_leaves_a_bill_without_a_budget_too(self) -> None:
+        tenants = book(Tenant(id="a", price_plan="list"))
+        world = World(book=tenants, recorded={})
+        world.join("b", B, decode_legs=1)
+        for name in ("ended", "open", "waits"):
+            world.submit(name, tenant="a", sampling=LONG)
+        while "open" not in running(world) or not world.clients["a/open"].tokens:
+            world.step(world.workers["b"])
+        records, lost = list(world.records), []
+        for _ in range(2):  # it dies again, at once
+            core = Core(now=0.0, limits=CoreLimits(), models=(MODEL,), book=tenants, records=records, recorded={})
+            for effect in core.handle(0.0, ev.Tick()):
+                if isinstance(effect, fx.UsageRecorded):
+                    lost.append(effect.usage)
+                elif isinstance(effect, fx.Journal):
+                    records.append(effect.record)
+        assert [usage.request_id for usage in lost] == ["open"], "what only waited is free; what ended was told"
+        (bill,) = lost
+        assert (bill.model, bill.lane, bill.outcome) == (MODEL, Lane.STANDARD, Life.FAILED)
+        assert (bill.prompt_tokens, bill.completion_tokens) == (5, 40)  # at most: it may not exceed what was asked for
+        assert (bill.price_plan, bill.money_micros) == ("list", 5 + 4 * 40)
+        assert bill.estimated
 
     def test_usage_that_was_told_before_a_crash_settles_its_reservation_and_is_not_told_again(self) -> None:
         world = World(book=book(self.TENANT))

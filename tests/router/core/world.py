@@ -23,7 +23,7 @@ from router.core.limits import CoreLimits
 from router.core.request import FinishReason, GenerationRequest, Lane, Sampling
 from router.core.story import Story
 from router.core.tenant import TenantBook
-from router.core.usage import UsageFacts
+from router.core.usage import UsageFacts, Used
 from router.core.worker import Capacity, KvEndpoint, Load, ModelFacts, PeerLane, Role, WorkerFacts
 
 MODEL = "tiny"
@@ -100,7 +100,14 @@ class Client:
 
 
 class World:
-    def __init__(self, *, book: TenantBook | None = None, step: StepModel = UNKNOWN, **limits: Any) -> None:
+    def __init__(
+        self,
+        *,
+        book: TenantBook | None = None,
+        step: StepModel = UNKNOWN,
+        recorded: Mapping[str, Used] | None = None,
+        **limits: Any,
+    ) -> None:
         self.now = 0.0
         self.core = Core(
             now=0.0,
@@ -108,6 +115,7 @@ class World:
             models=(MODEL,),
             book=book,
             step=step,
+            recorded=recorded,
         )
         self.workers: dict[str, FakeWorker] = {}
         self.clients: dict[str, Client] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from router.core.budget import Budgets, Record
+from router.core.budget import Budgets, Record, Terms
 from router.metering.journal import Journal, JournalError
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +30,8 @@ for number in range(10**9):
 
 def some_records() -> list[Record]:
     budgets = Budgets(wall_offset_s=1.7e9)
-    records = [budgets.reserve(float(n), "é t", f"r{n}", tokens=100, money_micros=9) for n in range(5)]
+    terms = Terms(60, "m", "batch", "k", "list", "2")
+    records = [budgets.reserve(float(n), "é t", f"r{n}", tokens=100, money_micros=9, terms=terms) for n in range(5)]
     records.append(budgets.grant(1, tokens=50, money_micros=3))
     records.append(budgets.settle(1, tokens=40, money_micros=2))
     return records
