@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -52,9 +53,13 @@ class RequestLimits:
         return found
 
 
+#: As browsers write it.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpLimits:
-    """What one client may take of the HTTP port. Bodies: `RequestLimits.message_bytes_max`."""
+    """What clients may take of the HTTP port. Bodies: `RequestLimits.message_bytes_max`."""
 
     connections_max: int = 10_000
     head_bytes_max: int = 65_536
@@ -62,10 +67,16 @@ class HttpLimits:
     read_timeout_s: float = 30.0
     #: For a client to read what was sent, before its connection is cut.
     write_timeout_s: float = 120.0
+    #: Whose pages may read answers in browsers, beside this machine's own: "https://chat.example". "*": everybody's.
+    origins: tuple[str, ...] = ()
 
     def problems(self) -> list[str]:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return [f"http.{name}: must be more than 0, is {value}" for name, value in values.items() if value <= 0]
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "origins"}
+        found = [f"http.{name}: must be more than 0, is {value}" for name, value in values.items() if value <= 0]
+        for origin in self.origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                found.append(f'http.origins: {origin!r} is neither "*" nor scheme://host or scheme://host:port')
+        return found
 
 
 #: Of tokens' signatures. All asymmetric: a public key can't be taken for a shared secret.

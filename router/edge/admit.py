@@ -213,11 +213,13 @@ def _or(value: float | None, default: float) -> float:
 
 def _check(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:
-        raise _outside(name, value, f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}")
+        raise _outside(
+            name, value, f"from {low:.12g} to {high:.12g}" if math.isfinite(high) else f"at least {low:.12g}"
+        )
 
 
 def _outside(name: str, value: float, allowed: str) -> Invalid:
-    return Invalid(f"sampling.{name}", f"must be {allowed}, is {value:g}", limit=allowed)
+    return Invalid(f"sampling.{name}", f"must be {allowed}, is {value:.12g}", limit=allowed)
 
 
 def _past_context(field: str, tokens: str, facts: ModelFacts) -> PastContext:

@@ -40,6 +40,16 @@ class BodyTooSlow(errors.TandemError):
 class MethodNotAllowed(errors.TandemError):
     reason = "METHOD_NOT_ALLOWED"
 
+    def __init__(self, path: str, method: str, allowed: str) -> None:
+        super().__init__(f"{path} takes {allowed}, not {method}")
+        self.allowed = allowed
+
+
+class UnknownEncoding(errors.TandemError):
+    """Of a request's body."""
+
+    reason = "UNSUPPORTED_MEDIA_TYPE"
+
 
 class Unimplemented(errors.TandemError):
     """A method of somebody else's protocol that there is nothing for here."""
@@ -80,6 +90,7 @@ _TABLE: dict[type[errors.TandemError], Answers] = {
     BodyTooLarge: Answers(grpc.StatusCode.RESOURCE_EXHAUSTED, 413, "invalid_request_error"),
     BodyTooSlow: Answers(grpc.StatusCode.DEADLINE_EXCEEDED, 408, "timeout"),
     MethodNotAllowed: Answers(grpc.StatusCode.UNIMPLEMENTED, 405, "invalid_request_error"),
+    UnknownEncoding: Answers(grpc.StatusCode.UNIMPLEMENTED, 415, "invalid_request_error"),
 }
 
 _log = logging.getLogger(__name__)
@@ -123,6 +134,10 @@ def http_status(error: errors.TandemError) -> HttpStatus:
     headers = tuple(_retry_headers(error))
     if isinstance(error, errors.Unauthenticated):
         headers += ((b"www-authenticate", b"Bearer"),)
+    elif isinstance(error, MethodNotAllowed):
+        headers += ((b"allow", error.allowed.encode()),)
+    elif isinstance(error, UnknownEncoding):
+        headers += ((b"accept-encoding", b"gzip, deflate"),)
     return HttpStatus(answers(error).http, openai_error(error), headers)
 
 

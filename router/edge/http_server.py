@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from email.utils import formatdate
@@ -22,7 +23,7 @@ from uvicorn.server import ServerState
 
 from router.config import HttpLimits
 from router.core.errors import Invalid, TandemError
-from router.edge.errors import BodyTooLarge, BodyTooSlow, http_status, openai_error
+from router.edge.errors import BodyTooLarge, BodyTooSlow, UnknownEncoding, http_status, openai_error
 from trust.tls import Tls
 
 #: Of a body past the limit so much is read, and thrown away, before its sender is told: clients that still write
@@ -41,6 +42,9 @@ _EVENT_STREAM = (
     (b"x-accel-buffering", b"no"),
 )
 _DONE = b"data: [DONE]\n\n"
+
+#: zlib's names for the encodings of bodies; `deflate` is zlib's own format.
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 # uvicorn warns of every malformed request, which would let a client write our log.
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
@@ -67,6 +71,8 @@ class Exchange:
         #: What `send` belongs to, in uvicorn: says at once whether a write would wait.
         cycle = getattr(send, "__self__", None)
         self._cycle = cycle if isinstance(cycle, RequestResponseCycle) else None
+        #: HTTP/1.0 has none: an answer of unknown length ends with its connection.
+        self._has_chunks = scope["http_version"] != "1.0"
         self._starting = asyncio.Lock()
         self._started = False
         self._is_unread = True
@@ -77,13 +83,16 @@ class Exchange:
         #: Go with whatever is answered.
         self.also: list[tuple[bytes, bytes]] = []
         #: The client's, or ours where it sent none that a header and a log line can carry.
-        self.request_id = said if 0 < len(said) <= _REQUEST_ID_CHARS_MAX and _is_visible(said) else own
+        self.request_id = said if 0 < len(said) <= _REQUEST_ID_CHARS_MAX and is_visible(said) else own
 
     def header(self, name: str) -> str:
         return self._header.get(name, "")
 
     async def body(self, bytes_max: int, timeout_s: float) -> bytes:
-        """Raises BodyTooLarge, BodyTooSlow, ClientGone. Holds no more than `bytes_max`."""
+        """Raises BodyTooLarge, BodyTooSlow, UnknownEncoding, Invalid, ClientGone. Holds no more than `bytes_max`."""
+        encoding = self.header("content-encoding").strip().lower()
+        if encoding not in ("", "identity", *_WINDOW_BITS):
+            raise UnknownEncoding(f"bodies may be encoded with gzip or deflate, not with {encoding[:40]!r}")
         declared = self.header("content-length")
         too_large = declared.isdecimal() and int(declared) > bytes_max
         if too_large and self.header("expect"):
@@ -108,7 +117,8 @@ class Exchange:
             raise BodyTooSlow(f"the request's body did not come within {timeout_s:g} s") from None
         if too_large:
             raise _too_large(bytes_max)
-        return b"".join(parts)
+        data = b"".join(parts)
+        return _inflated(data, _WINDOW_BITS[encoding], bytes_max) if encoding in _WINDOW_BITS else data
 
     async def gone(self) -> None:
         """Returns when the client has left. Call when the body is read."""
@@ -129,6 +139,8 @@ class Exchange:
         if not self._started:
             async with self._starting:
                 if not self._started:
+                    if not self._has_chunks:
+                        self._ends_with_connection()
                     await self._begin(200, _EVENT_STREAM)
                     self._started = True
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
@@ -152,8 +164,15 @@ class Exchange:
         assert self._cycle is not None
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
+    def _ends_with_connection(self, length: int = 1 << 62) -> None:
+        """uvicorn sends chunks to everybody; what has a length it sends as it is."""
+        if self._cycle is not None:
+            self._cycle.chunked_encoding, self._cycle.expected_content_length = False, length
+
     async def done(self) -> None:
         await self.event(_DONE)
+        if not self._has_chunks:
+            self._ends_with_connection(0)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: TandemError) -> None:
@@ -192,12 +211,26 @@ _NAMES = "tandem.certificate_names"
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-def _is_visible(text: str) -> bool:
+def is_visible(text: str) -> bool:
     return text.isascii() and text.isprintable()
 
 
 def _too_large(bytes_max: int) -> BodyTooLarge:
     return BodyTooLarge("body", f"is more than the {bytes_max} bytes allowed", limit=str(bytes_max))
+
+
+def _inflated(data: bytes, window_bits: int, bytes_max: int) -> bytes:
+    """Raises BodyTooLarge, Invalid."""
+    inflate = zlib.decompressobj(window_bits)
+    try:
+        plain = inflate.decompress(data, bytes_max + 1)
+    except zlib.error:
+        raise Invalid("body", "is not encoded as its content-encoding says") from None
+    if len(plain) > bytes_max:
+        raise _too_large(bytes_max)
+    if not inflate.eof:
+        raise Invalid("body", "ends before its content-encoding does")
+    return plain
 
 
 class HttpServer:

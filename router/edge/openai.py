@@ -7,10 +7,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,7 +26,7 @@ from router.core.request import TokenLogprobs
 from router.edge.chat import ChatTemplate
 from router.edge.errors import MethodNotAllowed
 from router.edge.generate import Accepted, Answer, End, Generator, Part, Wanted
-from router.edge.http_server import ClientGone, Exchange
+from router.edge.http_server import ClientGone, Exchange, is_visible
 from router.edge.identity import Authenticator, Presented, Scope, presented
 from router.edge.openai_answer import CHAT, COMPLETION, Call, Choice, Form, usage_of, whole_choice
 from router.edge.openai_body import (
@@ -53,6 +55,9 @@ _log = logging.getLogger(__name__)
 TIMEOUT_HEADER = "x-tandem-timeout-s"
 _METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
+
+#: The origin of a page that this machine serves to itself.
+_LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
@@ -96,6 +101,7 @@ class OpenAIEdge:
 
     async def __call__(self, scope: HttpScope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
+        exchange.also += self._shared(exchange.header("origin"))
         try:
             await self._handler(exchange)(exchange)
         except ClientGone:
@@ -107,15 +113,28 @@ class OpenAIEdge:
             await exchange.fail(Internal("internal error; the server's log has the details"))
 
     def _handler(self, exchange: Exchange) -> Handler:
-        methods = self._routes.get(exchange.path)
-        if methods is None and exchange.path.startswith("/v1/models/"):
+        path = exchange.path.rstrip("/")
+        methods = self._routes.get(path)
+        if methods is None and path.startswith("/v1/models/"):
             methods = {"GET": self._model}
         if methods is None:
             raise NotFound("path", exchange.path, f"there is no {exchange.path} here")
         method = "GET" if exchange.method == "HEAD" else exchange.method
+        if method == "OPTIONS":
+            return partial(_options, allowed=_allowed(methods))
         if method not in methods:
-            raise MethodNotAllowed(f"{exchange.path} takes {', '.join(methods)}, not {exchange.method}")
+            raise MethodNotAllowed(path, exchange.method, _allowed(methods))
         return methods[method]
+
+    def _shared(self, origin: str) -> Iterator[tuple[bytes, bytes]]:
+        """What lets a page in a browser read the answer, if it is one of this machine's or an origin that is named."""
+        if not origin:
+            return
+        yield b"vary", b"origin"
+        allowed = self._http.origins
+        if "*" in allowed or origin in allowed or _LOCAL_PAGE.fullmatch(origin):
+            yield b"access-control-allow-origin", b"*" if "*" in allowed else origin.encode()
+            yield b"access-control-expose-headers", b"*"
 
     # Generating.
 
@@ -380,6 +399,20 @@ class OpenAIEdge:
 
     async def _body(self, exchange: Exchange) -> bytes:
         return await exchange.body(self._requests.message_bytes_max, self._http.read_timeout_s)
+
+
+def _allowed(methods: Iterable[str]) -> str:
+    return ", ".join((*methods, *(("HEAD",) if "GET" in methods else ()), "OPTIONS"))
+
+
+async def _options(exchange: Exchange, *, allowed: str) -> None:
+    """Also what browsers ask first. Whose page it is was judged before."""
+    wanted = exchange.header("access-control-request-headers")
+    headers = [(b"allow", allowed.encode()), (b"access-control-allow-methods", allowed.encode())]
+    if wanted and is_visible(wanted):
+        headers.append((b"access-control-allow-headers", wanted.encode()))
+    headers.append((b"access-control-max-age", b"600"))
+    await exchange.reply(b"", kind=b"text/plain", headers=headers)
 
 
 @contextmanager

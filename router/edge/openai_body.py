@@ -82,6 +82,8 @@ class CompletionBody(Body, kw_only=True):
 class Content(Struct):
     type: str
     text: str | None = None
+    #: What stands for the text in an assistant's part of this type.
+    refusal: str | None = None
 
 
 class FunctionCalled(Struct):
@@ -100,6 +102,7 @@ class Message(Struct):
     tool_calls: list[ToolCalled] | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    refusal: str | None = None
     function_call: object = None
     audio: object = None
 
@@ -170,18 +173,19 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 B = TypeVar("B", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 #: " - at `$.messages[0].role`", and "missing required field `prompt`", as msgspec says them.
 _AT = re.compile(r" - at `(?:\$\.?)?([^`]*)`$")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
 
 def parse(kind: type[B], data: bytes) -> B:
     """Raises Invalid that names the field."""
     try:
-        said = msgspec.json.decode(data)
+        said = msgspec.json.decode(data.removeprefix(_BYTE_ORDER_MARK))
     except (ValueError, RecursionError) as error:
         raise Invalid("body", f"is not JSON: {error}") from None
     if isinstance(said, dict):
         for name in said.keys() & UNSUPPORTED.keys():
-            if said[name] not in UNSUPPORTED[name]:
+            if not any(said[name] == nothing and type(said[name]) is type(nothing) for nothing in UNSUPPORTED[name]):
                 raise Invalid(name, "is not supported")
     try:
         return msgspec.convert(said, kind)
@@ -307,21 +311,28 @@ def _one_said(field: str, message: Message) -> Said:
     if message.tool_calls and role != "assistant":
         raise Invalid(f"{field}.tool_calls", "are an assistant's")
     calls = [_one_called(f"{field}.tool_calls[{at}]", call) for at, call in enumerate(message.tool_calls or ())]
-    if message.content is None and not calls:
+    content = message.content
+    if content is None and role == "assistant":
+        content = message.refusal
+    if content is None and not calls:
         raise Invalid(f"{field}.content", "is missing")
-    text = _content(f"{field}.content", message.content or "")
+    text = _content(f"{field}.content", content or "")
     return Said(role, text, calls, (message.tool_call_id or "") if role == "tool" else "", message.name or "")
 
 
 def _content(field: str, content: str | list[Content]) -> str:
     if isinstance(content, str):
         return content
-    for at, part in enumerate(content):
-        if part.type != "text":
-            raise Invalid(f"{field}[{at}].type", f"{part.type!r} is not supported; must be 'text'")
-        if part.text is None:
-            raise Invalid(f"{field}[{at}].text", "is missing")
-    return "\n".join(part.text or "" for part in content)
+    return "\n".join(_part(f"{field}[{at}]", part) for at, part in enumerate(content))
+
+
+def _part(field: str, part: Content) -> str:
+    if part.type not in ("text", "refusal"):
+        raise Invalid(f"{field}.type", f"{part.type!r} is not supported; must be 'text'")
+    said = part.text if part.type == "text" else part.refusal
+    if said is None:
+        raise Invalid(f"{field}.{part.type}", "is missing")
+    return said
 
 
 def _one_called(field: str, call: ToolCalled) -> dict[str, object]:

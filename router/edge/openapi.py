@@ -134,7 +134,7 @@ def document(version: str, limits: RequestLimits, models: Iterable[str]) -> Json
     )
     for body in _BODIES:
         _narrow(bodies[body.__name__]["properties"], limits)
-        bodies[body.__name__]["properties"]["model"] = {"enum": [*models, None]}
+        bodies[body.__name__]["properties"]["model"] = {"enum": [*models, "", None]}
     talks = (*_ASKS_WHO, 404, 503, *_HAS_BODY)
     name = {"name": "model", "in": "path", "required": True, "schema": {"enum": list(models)}}
     paths = {
