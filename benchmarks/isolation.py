@@ -49,8 +49,9 @@ from tests.engine.reference import answer
 TENANTS = {name: Tenant(id=name, sharing_group="family" if name in "cd" else "") for name in "abcdef"}
 REQUESTS, AT_ONCE, KILLS = 10_000, 24, 10
 CANCELLED_SHARE = 0.05
-#: Many times the leases of the storm.
-STOPPED_S = 0.5
+#: Requests whose leases nobody is there to read, before each kill.
+UNREAD = 4
+ENDED_WITHIN_S = 60.0
 TIMED = 250
 START_S = 60.0
 #: Per worker: room for a few dozen prompts, so that blocks change hands all the time.
@@ -222,11 +223,11 @@ async def storm(there: Up, requests: int, kills: int, seed: int = 1) -> Storm:
     random, truth, result = Random(seed), Truth(there.pepper), Storm()
     asked = prompts(random, 40)
     clients = {name: there.client(name) for name in TENANTS}
-    left = iter(range(requests))
+    left = iter(range(requests - kills * UNREAD))
     done = 0
 
-    async def one() -> None:
-        name, prompt, count = random.choice("abcdef"), random.choice(asked), random.randint(2, 10)
+    async def one(prompt: tuple[int, ...]) -> None:
+        name, count = random.choice("abcdef"), random.randint(2, 10)
         goes_away = random.random() < CANCELLED_SHARE
         generation = clients[name].generate(
             prompt, max_tokens=count, temperature=0.0, ignore_eos=True, return_token_ids=True, timeout_s=60.0
@@ -257,20 +258,25 @@ async def storm(there: Up, requests: int, kills: int, seed: int = 1) -> Storm:
     async def keep_asking() -> None:
         nonlocal done
         for _ in left:
-            await one()
+            await one(random.choice(asked))
             done += 1
 
     async def keep_killing() -> None:
-        """The readers stop for longer than a lease lasts; then a worker dies, each in turn."""
+        """The readers stop until leases have ended; then a worker dies, each in turn."""
         for number in range(kills):
             while done < requests * (number + 1) // (kills + 1):  # noqa: ASYNC110 - kills are seldom
                 await asyncio.sleep(0.05)
             pids = await asyncio.to_thread(there.pids)
             readers = [pid for name, pid in pids.items() if name.startswith("decode")]
+            before = await asyncio.to_thread(there.leases_expired)
             for pid in readers:
                 os.kill(pid, signal.SIGSTOP)
-            await asyncio.sleep(STOPPED_S)
-            result.leases_expired = max(result.leases_expired, await asyncio.to_thread(there.leases_expired))
+            for prompt in prompts(random, UNREAD):
+                tasks.create_task(one(prompt))
+            async with asyncio.timeout(ENDED_WITHIN_S):
+                while (ended := await asyncio.to_thread(there.leases_expired)) <= before:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            result.leases_expired += ended - before
             os.kill(pids[sorted(pids)[number % len(pids)]], signal.SIGKILL)
             for pid in readers:
                 with suppress(ProcessLookupError):
@@ -279,11 +285,9 @@ async def storm(there: Up, requests: int, kills: int, seed: int = 1) -> Storm:
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            killing = tasks.create_task(keep_killing())
-            asking = [tasks.create_task(keep_asking()) for _ in range(AT_ONCE)]
-            await asyncio.gather(*asking)
-            killing.cancel()
-        result.leases_expired = max(result.leases_expired, await asyncio.to_thread(there.leases_expired))
+            tasks.create_task(keep_killing())
+            for _ in range(AT_ONCE):
+                tasks.create_task(keep_asking())
     finally:
         for client in clients.values():
             await client.close()

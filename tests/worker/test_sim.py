@@ -10,8 +10,9 @@ from random import Random
 from typing import Any
 
 from decode.admission import DecodeLimits
-from engine.base import EngineLoad
+from engine.base import EngineLoad, EngineOptions
 from engine.sim import SimEngine
+from engine.step_time import StepWork
 from kv_transfer.api import Outcome
 from kv_transfer.inproc import InprocHub
 from prefill.admission import PrefillLimits
@@ -47,13 +48,34 @@ def sim_config(address: str, name: str, role: Role, **options: Any) -> WorkerCon
     return replace(config, engine="sim", engine_options=engine_options)
 
 
+class Stepwise(SimEngine):
+    """Takes a step only when it is told to, once it is `held`."""
+
+    def __init__(self, options: EngineOptions, hub: InprocHub) -> None:
+        super().__init__(options, hub)
+        self._leave: asyncio.Semaphore | None = None
+
+    def hold(self, *, after_steps: int) -> None:
+        self._leave = asyncio.Semaphore(after_steps)
+
+    def go_on(self) -> None:
+        assert self._leave is not None
+        leave, self._leave = self._leave, None
+        leave.release()
+
+    async def _pace(self, started: Any, work: StepWork) -> None:
+        if self._leave is not None:
+            await self._leave.acquire()
+        await super()._pace(started, work)
+
+
 @dataclass
 class Pair:
     prefill: RunningWorker
     decode: RunningWorker
     p: Link
     d: Link
-    engines: tuple[SimEngine, SimEngine]
+    engines: tuple[Stepwise, SimEngine]
 
     async def hand_over(self, leg: str, prompt: list[int]) -> bytes:
         self.p.prefill(f"{leg}/p", token_ids=prompt, hand_off=True, reader="d0", resample=True)
@@ -99,7 +121,7 @@ async def pair(**options: object) -> AsyncIterator[Pair]:
     async with scripted_router() as router:
         p0 = sim_config(router.address, "p0", Role.PREFILL, **options)
         d0 = sim_config(router.address, "d0", Role.DECODE, **options)
-        engines = SimEngine(p0.engine_options, hub), SimEngine(d0.engine_options, hub)
+        engines = Stepwise(p0.engine_options, hub), SimEngine(d0.engine_options, hub)
         async with running_worker(p0, engines[0]) as prefill, running_worker(d0, engines[1]) as decode:
             links = {link.hello.worker_id: link for link in [await router.link(), await router.link()]}
             yield Pair(prefill, decode, links["p0"], links["d0"], engines)
@@ -202,12 +224,13 @@ async def test_nothing_is_left_of_two_hundred_requests_cancelled_anywhere() -> N
         assert sum(at.d.terminals(f"{leg}/d") for leg in handles) > 20
 
 
-CHUNKS = {"max_batched_tokens": 256, "step_time": "h100-llama-3-70b-tp4", "speedup": 2.0}
+CHUNKS = {"max_batched_tokens": 256}
 LONG_PROMPT = [token % 900 + 5 for token in range(1500)]
 
 
 async def offered(at: Pair, leg: str, *, resample: bool = True) -> bytes:
-    """A prompt that is being computed, whose first chunk is there."""
+    """A prompt that is being computed, whose first chunk is there. Those after the second wait for leave."""
+    at.engines[0].hold(after_steps=2)
     at.p.prefill(f"{leg}/p", token_ids=LONG_PROMPT, hand_off=True, reader="d0", resample=resample)
     message = await at.p.next()
     assert message.offered.leg_id == f"{leg}/p", message
@@ -222,6 +245,7 @@ async def test_blocks_move_while_later_ones_are_computed() -> None:
         while (await at.engines[1].load()).staged_pages < 94:  # noqa: ASYNC110  it tells only when asked
             await asyncio.sleep(0.001)
         assert at.p.terminals("a/1/p") == 0, "its prompt is still being computed"
+        at.engines[0].go_on()
         done = (await at.p.next()).prefill_done
         assert done.handle == handle
         assert await at.decoded("a/1", LONG_PROMPT, handle) == alone
@@ -235,6 +259,7 @@ async def test_without_the_hint_the_order_reads_what_was_offered_early() -> None
     async with pair(**CHUNKS) as at:
         alone = await at.decoded("alone/1", LONG_PROMPT)
         handle = await offered(at, "a/1")
+        at.engines[0].go_on()
         assert (await at.p.next()).prefill_done.handle == handle
         assert await at.decoded("a/1", LONG_PROMPT, handle) == alone
         await at.at_rest()
@@ -252,6 +277,8 @@ async def test_a_prefill_cancelled_while_it_is_read_frees_everything_at_once() -
         while not (await at.engines[1].load()).staged_pages:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         at.p.cancel("a/1/p")  # and whoever reads is not told
+        await at.p.settled()
+        at.engines[0].go_on()
         await at.at_rest()
 
 
@@ -263,6 +290,8 @@ async def test_a_hint_that_is_given_up_leaves_the_prefill_alone() -> None:
         while not (await at.engines[1].load()).staged_pages:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         at.d.cancel("a/1/p")
+        await at.d.settled()
+        at.engines[0].go_on()
         assert (await at.p.next()).prefill_done.handle == handle
         assert await at.decoded("a/1", LONG_PROMPT, handle) == alone
         await at.at_rest()
@@ -274,7 +303,6 @@ class CarelessRouter:
 
     at: Pair
     prompts: dict[str, list[int]]
-    random: Random
     answers: dict[str, list[int]] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
     left: set[str] = field(default_factory=set)
@@ -310,14 +338,15 @@ class CarelessRouter:
                 self.ended.add(leg)
 
     def offered(self, leg: str, hint: pb.Offered) -> None:
-        for _ in range(self.random.choice([0, 1, 1, 1, 2])):
+        random = Random(f"{leg} offered")  # its own, in whatever order they come
+        for _ in range(random.choice([0, 1, 1, 1, 2])):
             self.at.d.send(fetch_ahead=pb.FetchAhead(leg_id=hint.leg_id, handle=hint.handle, timeout_s=30))
-        if self.random.random() < 0.2:
+        if random.random() < 0.2:
             self.may_be_stale.add(leg)
             self.at.d.cancel(hint.leg_id)
-        if self.random.random() < 0.3:
+        if random.random() < 0.3:
             self.left.add(leg)
-            for link in self.random.sample([self.at.p, self.at.d], 2):
+            for link in random.sample([self.at.p, self.at.d], 2):
                 link.cancel(hint.leg_id)
 
     def prefilled(self, leg: str, handle: bytes) -> None:
@@ -326,7 +355,7 @@ class CarelessRouter:
             return
         prompt = self.prompts[leg]
         self.at.d.decode(f"{leg}/d", token_ids=prompt, prompt_tokens=len(prompt), handle=handle, sampling=GREEDY_ANSWER)
-        if self.random.random() < 0.2:
+        if Random(f"{leg} prefilled").random() < 0.2:
             self.left.add(leg)
             for leg_id in (f"{leg}/d", f"{leg}/p"):
                 self.at.d.cancel(leg_id)
@@ -338,7 +367,7 @@ async def test_hints_that_are_lost_doubled_or_given_up_anywhere_leave_nothing_an
     async with pair(max_batched_tokens=128, step_time="h200-llama-3.1-8b", speedup=8.0, max_running=8) as at:
         prompts = {f"{n}/1": [random.randrange(3, 400) for _ in range(random.randint(100, 900))] for n in range(40)}
         alone = {leg: await at.decoded(f"alone-{leg}", prompt) for leg, prompt in prompts.items()}
-        router = CarelessRouter(at, prompts, random)
+        router = CarelessRouter(at, prompts)
         await router.serve()
         await at.at_rest()
         assert len(router.ended) > 15
