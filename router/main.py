@@ -19,7 +19,6 @@ from pathlib import Path
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from protos import worker_link_pb2_grpc
 from router.access import open_access
@@ -28,7 +27,7 @@ from router.core import events as ev
 from router.core.core import Core
 from router.core.snapshot import Snapshot
 from router.core.stats import Stats
-from router.edge import control, kserve, native, orca, vllm_engine
+from router.edge import control, kserve, native, orca, reflection, vllm_engine
 from router.edge.chat import ChatTemplate
 from router.edge.control import ControlEdge
 from router.edge.generate import Generator
@@ -38,7 +37,6 @@ from router.edge.metrics import MetricsEdge
 from router.edge.native import NativeEdge
 from router.edge.openai import OpenAIEdge
 from router.edge.orca import LoadReports, OrcaEdge
-from router.edge.reflection import EveryPool
 from router.edge.text import ModelText
 from router.edge.vllm_engine import VllmEngineEdge
 from router.edge.vllm_engine_wire import Model
@@ -147,9 +145,7 @@ async def serve(
     server = _grpc_server(config, shell)
     server.add_generic_rpc_handlers((edge.handlers(), operators.handlers(), *(one.handlers() for one in foreign)))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    services = (*CLIENTS, control.SERVICE, orca.SERVICE, LINK, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-    reflected = reflection.aio.ReflectionServicer(services, pool=EveryPool())
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, server)
+    reflection.add_to(server, (*CLIENTS, control.SERVICE, orca.SERVICE, LINK, "grpc.health.v1.Health"))
     port = _bind(server, "port", config.host, config.port, access.tls)
     servers, worker_port = [server], None
     if config.worker_listen:

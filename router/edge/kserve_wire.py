@@ -234,6 +234,7 @@ def model_index(views: Sequence[ModelView]) -> bytes:
 def model_statistics(name: str, stats: Stats) -> bytes:
     finished = stats.outcomes[State.FINISHED]
     ended = sum(stats.outcomes.values())
+    computing_s = stats.total_s.sum - stats.queue_wait_s.sum - stats.prefill_s.sum
     return kserve_pb2.ModelStatisticsResponse(
         model_stats=[
             kserve_pb2.ModelStatistics(
@@ -245,16 +246,21 @@ def model_statistics(name: str, stats: Stats) -> bytes:
                     success=_duration(stats.total_s),
                     fail=kserve_pb2.StatisticDuration(count=ended - finished),
                     queue=_duration(stats.queue_wait_s),
-                    compute_input=_duration(stats.prefill_s),
-                    compute_infer=_duration(stats.total_s),
+                    # Clients want the three parts to be counted alike.
+                    compute_input=_duration(stats.total_s, stats.prefill_s.sum),
+                    compute_infer=_duration(stats.total_s, max(0.0, computing_s)),
+                    compute_output=_duration(stats.total_s, 0.0),
                 ),
             )
         ]
     ).SerializeToString()
 
 
-def _duration(seconds: Histogram) -> kserve_pb2.StatisticDuration:
-    return kserve_pb2.StatisticDuration(count=sum(seconds.counts), ns=round(seconds.sum * 1e9))
+def _duration(counted: Histogram, seconds: float | None = None) -> kserve_pb2.StatisticDuration:
+    """`seconds`: where they are not all that was counted."""
+    return kserve_pb2.StatisticDuration(
+        count=sum(counted.counts), ns=round((counted.sum if seconds is None else seconds) * 1e9)
+    )
 
 
 def no_regions() -> bytes:

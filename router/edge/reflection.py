@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
+import grpc
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos.compat import pool
 
 T = TypeVar("T")
+
+SERVICE = reflection.SERVICE_NAME
+#: The same messages under a newer name, which some clients know alone. grpcio has no code for it yet.
+_NEWER = "grpc.reflection.v1.ServerReflection"
+
+
+class _Server(Protocol):
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None: ...
+
+
+def add_to(server: _Server, services: Iterable[str]) -> None:
+    """Under both names; the older one is listed."""
+    behaviour = reflection.aio.ReflectionServicer((*services, SERVICE), pool=EveryPool()).ServerReflectionInfo
+    method = grpc.stream_stream_rpc_method_handler(
+        behaviour,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers = [
+        grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": method}) for name in (SERVICE, _NEWER)
+    ]
+    server.add_generic_rpc_handlers(handlers)
 
 
 class EveryPool:

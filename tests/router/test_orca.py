@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterable, AsyncIterator, Callable
+from typing import Any
 from contextlib import asynccontextmanager, suppress
 
 import grpc
@@ -196,6 +197,20 @@ class TestReflection:
         assert "xds.service.orca.v3.OpenRcaService" in services
         assert methods["inference.GRPCInferenceService"] == 20
         assert methods["vllm.grpc.engine.VllmEngine"] == 12
+
+    async def test_the_newer_name_has_the_same_behind_it(self, router: Router) -> None:
+        def ask(service: str) -> list[bytes]:
+            with grpc.insecure_channel(f"127.0.0.1:{router.bound.port}") as channel:
+                call: Any = channel.stream_stream(f"/{service}/ServerReflectionInfo")
+                asked = (
+                    reflection_pb2.ServerReflectionRequest(list_services="*"),
+                    reflection_pb2.ServerReflectionRequest(file_containing_symbol="inference.GRPCInferenceService"),
+                )
+                return list(call(iter([one.SerializeToString() for one in asked]), timeout=WAIT_S))
+
+        newer = await asyncio.to_thread(ask, "grpc.reflection.v1.ServerReflection")
+        assert len(newer) == 2
+        assert newer == await asyncio.to_thread(ask, "grpc.reflection.v1alpha.ServerReflection")
 
     async def test_what_is_unknown_is_not_found(self, router: Router) -> None:
         ask = reflection_pb2.ServerReflectionRequest(file_containing_symbol="no.such.Thing")
