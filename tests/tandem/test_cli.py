@@ -110,9 +110,10 @@ def test_an_error_is_one_line_and_an_exit_code_of_its_class(
 
 
 def test_an_error_says_when_to_try_again(server: Script) -> None:
-    retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=3))
+    retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=40))
     server.refuse = refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full", retry)
-    assert "try again in 3 s" in tandem("generate", "hi", address=server.address).stderr
+    done = tandem("generate", "hi", "--deadline", "20", address=server.address)
+    assert "try again in 40 s" in done.stderr
 
 
 def test_an_error_is_a_json_event_too(server: Script) -> None:

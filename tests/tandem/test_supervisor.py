@@ -58,7 +58,7 @@ class Cluster:
         self.run = asyncio.create_task(self.supervisor.run())
 
     async def until(self, enough: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not enough():  # noqa: ASYNC110  (what is waited for happens in other processes)
                 await asyncio.sleep(0.01)
 
@@ -74,7 +74,7 @@ class Cluster:
         return [event for event in self.events if isinstance(event, Died) and event.name == name]
 
     async def outcome(self) -> Outcome:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             return await self.run
 
 
@@ -87,7 +87,7 @@ def is_running(pid: int) -> bool:
 
 
 def wait_until(enough: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not enough():
         assert time.monotonic() < deadline
         time.sleep(0.02)
