@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterable, AsyncIterator, Callable
-from typing import Any
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import grpc
 import pytest
