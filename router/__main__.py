@@ -5,11 +5,8 @@ output is {"port": ..., "metrics_port": ..., "http_port": ..., "worker_port": ..
 
 from __future__ import annotations
 
-import gc
 import logging
-import resource
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -17,10 +14,13 @@ import uvloop
 
 from router.access import AccessRefused
 from router.config import from_json
-from router.main import Bound, PortTaken, serve
+from router.edges.fleet import EdgeFailed
+from router.front import PortTaken
+from router.main import Bound, serve
 from router.metering.journal import JournalError
+from router.process import allow_connections, is_up
 
-BAD_CONFIG, PORT_TAKEN = 2, 4
+FAILED, BAD_CONFIG, PORT_TAKEN = 1, 2, 4
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         print(f"configuration: {error}", file=sys.stderr)
         return BAD_CONFIG
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _allow_connections()
+    allow_connections()
     try:
         uvloop.run(serve(config, _say_where))
     except (AccessRefused, JournalError) as error:
@@ -42,21 +42,14 @@ def main(argv: list[str]) -> int:
     except PortTaken as error:
         print(error, file=sys.stderr)
         return PORT_TAKEN
+    except EdgeFailed as error:
+        print(error, file=sys.stderr)
+        return FAILED
     return 0
 
 
-def _allow_connections() -> None:
-    """As many open files as the system lets this process have: each connection is one, and the default is few."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        with suppress(ValueError, OSError):  # some systems name a limit that they don't grant
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def _say_where(bound: Bound) -> None:
-    # What lives now lives on. Collecting it again and again costs milliseconds in the tail of decisions.
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
+    is_up()
     ports = {
         "port": bound.port,
         "metrics_port": bound.metrics_port,

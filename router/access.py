@@ -7,7 +7,7 @@ import asyncio
 import hmac
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from router.core.tenant import Tenant, TenantBook
 from router.edge.identity import Anyone, Authenticator, Certificates, Operator, Verifier
 from router.edge.jwt import JwtVerifier
 from router.edge.keys import KeyStore, KeyVerifier, read_pepper, read_store
-from router.tenant_admin import KeyFiles, TenantAdmin
+from router.tenant_admin import KeyFiles, TenantAdmin, nobody_else
 from router.tenants import FileWatch, read_book
 from trust.tls import Tls
 
@@ -45,8 +45,16 @@ class Access:
     def book(self) -> TenantBook:
         return self.authenticator.book
 
-    def admin(self) -> TenantAdmin:
-        return TenantAdmin(lambda: self.book, self._tenants, self._keys)
+    def admin(self, everywhere: Callable[[], Awaitable[None]] = nobody_else) -> TenantAdmin:
+        """`everywhere` returns when what changed is in force in other processes, too."""
+        return TenantAdmin(lambda: self.book, self._tenants, self._keys, everywhere)
+
+    async def look(self) -> None:
+        """When it returns, tenants and keys are in force as the files had them when it was called."""
+        if self._tenants is not None:
+            await self._tenants.look()
+        if self._keys is not None:
+            await self._keys.watch.look()
 
     async def watch(self) -> None:
         """Until cancelled."""

@@ -18,6 +18,7 @@ from trust.tls import TlsFiles, is_loopback
 
 #: gRPC frames a message's length in 32 bits; past 1 GiB every message is a mistake.
 _MESSAGE_BYTES_MAX = 1 << 30
+_EDGES_MAX = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +176,8 @@ class RouterConfig:
     #: Clients and operators come to this port, and workers unless they have one of their own; 0 takes any free one.
     host: str = "127.0.0.1"
     port: int = 50051
+    #: Processes that speak with clients on these ports; with more than one, workers need a port of their own.
+    edges: int = 1
     #: host:port for workers alone, so that networks can keep others away from it; port 0 takes any free one.
     worker_listen: str = ""
     #: Ours, made for many streams of small messages, or gRPC's own.
@@ -226,6 +229,10 @@ class RouterConfig:
             found += _book_problems(self.tenants_file)
         elif self.auth.mode != "none":
             found.append(f"tenants_file: must be given with auth.mode {self.auth.mode}: it says who the tenants are")
+        if not 1 <= self.edges <= _EDGES_MAX:
+            found.append(f"edges: must be from 1 to {_EDGES_MAX}, is {self.edges}")
+        if self.edges > 1 and not self.worker_listen:
+            found.append(f"worker_listen: must be given with edges {self.edges}: workers can't come to the edges' port")
         for name in ("port", "metrics_port", "http_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65_535:
@@ -304,6 +311,7 @@ def with_absolute_paths(config: RouterConfig) -> RouterConfig:
     )
     return replace(
         config,
+        model_dir=_absolute(config.model_dir),
         tenants_file=_absolute(config.tenants_file),
         budget_journal=_absolute(config.budget_journal),
         usage_ledger=_absolute(config.usage_ledger),

@@ -14,6 +14,7 @@ from router.core.effects import ClientEvent, Failed, Finished, Tokens
 from router.core.rate import RateLeft
 from router.core.request import GenerationRequest, TokenLogprobs
 from router.core.snapshot import Snapshot
+from router.core.stats import Stats
 from router.core.story import Story
 from router.core.worker import ModelFacts, Role
 
@@ -132,7 +133,7 @@ class CorePort(Protocol):
 
     def models(self) -> list[ModelView]: ...
 
-    def rates(self, tenant: str) -> tuple[RateLeft, ...]:
+    async def rates(self, tenant: str) -> tuple[RateLeft, ...]:
         """What is left of the tenant's limits on requests and tokens; empty without such limits."""
         ...
 
@@ -140,13 +141,15 @@ class CorePort(Protocol):
 class AdminPort(Protocol):
     """What an edge for operators may ask. Raise NotFound for a worker that is not linked."""
 
-    def explain(self, request_id: str, tenant: str | None) -> list[tuple[Story, float]]:
+    async def explain(self, request_id: str, tenant: str | None) -> list[tuple[Story, float]]:
         """Of each tenant that has a request of this id its story, and when it came in seconds since 1970; the latest
         first. Given a tenant, only of that tenant's."""
         ...
 
-    def snapshot(self, *, requests: bool) -> Snapshot: ...
+    async def snapshot(self, *, requests: bool = False) -> Snapshot: ...
 
-    def drain(self, worker_id: str) -> None: ...
+    async def stats(self) -> Stats: ...
 
-    def set_role(self, worker_id: str, role: Role) -> None: ...
+    async def drain(self, worker_id: str) -> None: ...
+
+    async def set_role(self, worker_id: str, role: Role) -> None: ...

@@ -15,7 +15,7 @@ from router.core import effects as fx
 from router.core import events as ev
 from router.core.budget import Record
 from router.core.core import Core
-from router.core.effects import Effect, Emit, Tokens
+from router.core.effects import ClientEvent, Effect, Emit, Tokens
 from router.core.errors import AlreadyExists, NotFound
 from router.core.rate import RateLeft
 from router.core.request import GenerationRequest
@@ -47,6 +47,18 @@ class WorkerLinks(Protocol):
     def close(self, worker_id: str, why: str) -> None: ...
 
 
+class Sink(Protocol):
+    """Where what the core says to one request goes: a RequestStream, or the way to one."""
+
+    def put(self, event: ClientEvent) -> None:
+        """Last of all, one Finished or Failed."""
+        ...
+
+    def arrived(self) -> None:
+        """After `put`, once all that belongs to its event is done."""
+        ...
+
+
 class Shell:
     """Implements router.port's CorePort and AdminPort over a core in this process."""
 
@@ -54,9 +66,9 @@ class Shell:
         self._core = core
         self._loop = asyncio.get_running_loop()
         self._stream_tokens_max = stream_tokens_max
-        self._streams: dict[str, RequestStream] = {}
+        self._streams: dict[str, Sink] = {}
         #: Those that something came for, and whose readers were not told yet.
-        self._touched: dict[RequestStream, None] = {}
+        self._touched: dict[Sink, None] = {}
         #: What the last worker of each model said of it. Stays when the worker goes.
         self._facts: dict[str, ModelFacts] = {}
         self._links: WorkerLinks | None = None
@@ -155,8 +167,6 @@ class Shell:
         return time.monotonic()  # the loop's own clock may tick in milliseconds
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        if self._core.is_open(request.key):
-            raise AlreadyExists(f"request_id {request.request_id!r} is in use by an open request of yours")
         stream = RequestStream(
             request.key,
             tokens_max=self._stream_tokens_max,
@@ -164,9 +174,15 @@ class Shell:
             stop_matched=lambda key, tokens: self.handle(ev.StopMatched(key, tokens)),
             overrun=self._overrun,
         )
-        self._streams[request.key] = stream
-        self.handle(ev.Submit(request))
+        self.open(request, stream)
         return stream
+
+    def open(self, request: GenerationRequest, sink: Sink) -> None:
+        """Raises AlreadyExists."""
+        if self._core.is_open(request.key):
+            raise AlreadyExists(f"request_id {request.request_id!r} is in use by an open request of yours")
+        self._streams[request.key] = sink
+        self.handle(ev.Submit(request))
 
     def _overrun(self, key: str) -> None:
         # Not at once: the core is in the middle of handing out the very tokens that overran.
@@ -175,25 +191,27 @@ class Shell:
     def models(self) -> list[ModelView]:
         return [ModelView(name, self._facts.get(name), self._core.serves(name)) for name in self._core.state.pools]
 
-    def explain(self, request_id: str, tenant: str | None) -> list[tuple[Story, float]]:
+    async def explain(self, request_id: str, tenant: str | None) -> list[tuple[Story, float]]:
         since_1970 = time.time() - self.now()
         return [(story, since_1970 + story.arrival) for story in self._core.explain(request_id, tenant)]
 
-    def rates(self, tenant: str) -> tuple[RateLeft, ...]:
+    async def rates(self, tenant: str) -> tuple[RateLeft, ...]:
         return self._core.admission.rates(self.now(), tenant)
 
-    def snapshot(self, *, requests: bool = False) -> Snapshot:
+    def seen(self, *, requests: bool = False) -> Snapshot:
         return snapshot(self.now(), self._core.state, self._core.stats.outcomes, requests=requests)
 
-    @property
-    def stats(self) -> Stats:
+    async def snapshot(self, *, requests: bool = False) -> Snapshot:
+        return self.seen(requests=requests)
+
+    async def stats(self) -> Stats:
         return self._core.stats
 
-    def drain(self, worker_id: str) -> None:
+    async def drain(self, worker_id: str) -> None:
         self._known(worker_id)
         self.handle(ev.DrainRequested(worker_id))
 
-    def set_role(self, worker_id: str, role: Role) -> None:
+    async def set_role(self, worker_id: str, role: Role) -> None:
         self._known(worker_id)
         self.handle(ev.SetRoleRequested(worker_id, role))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,16 +31,26 @@ class KeyFiles:
     pepper: Path
 
 
+async def nobody_else() -> None:
+    """There is one process."""
+
+
 class TenantAdmin:
     """Belongs to one event loop; files are changed in a thread, one call at a time."""
 
     def __init__(
-        self, book: Callable[[], TenantBook], tenants: FileWatch[TenantBook] | None, keys: KeyFiles | None
+        self,
+        book: Callable[[], TenantBook],
+        tenants: FileWatch[TenantBook] | None,
+        keys: KeyFiles | None,
+        everywhere: Callable[[], Awaitable[None]] = nobody_else,
     ) -> None:
+        """`everywhere` returns when what changed is in force in this router's other processes."""
         #: The book in force.
         self._book = book
         self._tenants = tenants
         self._keys = keys
+        self._everywhere = everywhere
         self._one = asyncio.Lock()
 
     def tenants(self) -> tuple[Tenant, ...]:
@@ -78,6 +88,7 @@ class TenantAdmin:
 
         made = await self._do(create)
         await files.watch.look()
+        await self._everywhere()
         return made
 
     async def revoke_key(self, key_id: str, now: float) -> None:
@@ -91,6 +102,7 @@ class TenantAdmin:
 
         await self._do(revoke)
         await files.watch.look()
+        await self._everywhere()
 
     async def _edit(self, name: str, edit: Callable[[Path], Any]) -> None:
         if self._tenants is None:
@@ -103,6 +115,7 @@ class TenantAdmin:
         except TenantExists as refused:
             raise AlreadyExists(str(refused), reason="TENANT_EXISTS") from None
         await self._tenants.look()
+        await self._everywhere()
 
     def _key_files(self) -> KeyFiles:
         if self._keys is None:

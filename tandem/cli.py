@@ -85,6 +85,7 @@ ModelOption = Annotated[
 ]
 PrefillOption = Annotated[int | None, typer.Option(help="Prefill workers.")]
 DecodeOption = Annotated[int | None, typer.Option(help="Decode workers.")]
+EdgesOption = Annotated[int | None, typer.Option(help="Processes that speak with clients; 1 by default.")]
 PortOption = Annotated[int | None, typer.Option(help="Where clients connect; 0 takes any free port.")]
 HttpPortOption = Annotated[
     int | None, typer.Option(help="Where OpenAI's API is served; none by default, 0 takes any free port.")
@@ -129,6 +130,7 @@ def up(
     model: ModelOption = None,
     port: PortOption = None,
     http_port: HttpPortOption = None,
+    edges: EdgesOption = None,
     kv_verify: KvVerifyOption = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Asked when all are ready; may be repeated.")] = None,
     no_prompt: Annotated[bool, typer.Option("--no-prompt", help="Ask nothing.")] = False,
@@ -145,7 +147,7 @@ def up(
     from tandem.up import up as run
 
     with _errors_in_one_line():
-        flags = _flags(engine, prefill, decode, model, port, http_port, kv_verify)
+        flags = _flags(engine, prefill, decode, model, port, http_port, edges, kv_verify)
         loaded = launch.load(config, os.environ, flags, set_ or ())
         may_ask = loaded.router.auth.mode == "none" or API_KEY_VARIABLE in os.environ
         prompts = () if no_prompt else tuple(prompt or ((launch.PROMPT,) if may_ask else ()))
@@ -161,6 +163,7 @@ def show_config(
     model: ModelOption = None,
     port: PortOption = None,
     http_port: HttpPortOption = None,
+    edges: EdgesOption = None,
     kv_verify: KvVerifyOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -169,7 +172,7 @@ def show_config(
     from tandem import launch
 
     with _errors_in_one_line():
-        flags = _flags(engine, prefill, decode, model, port, http_port, kv_verify)
+        flags = _flags(engine, prefill, decode, model, port, http_port, edges, kv_verify)
         loaded = launch.load(config, os.environ, flags, set_ or ())
         print(loaded.as_toml(), end="")
 
@@ -181,6 +184,7 @@ def _flags(
     model: str | None,
     port: int | None,
     http_port: int | None,
+    edges: int | None,
     kv_verify: bool | None,
 ) -> dict[str, tuple[str, object]]:
     """Key -> flag and value, for the flags given."""
@@ -190,6 +194,7 @@ def _flags(
         "cluster.decode_workers": ("--decode", decode),
         "cluster.model": ("--model", model),
         "router.port": ("--port", port),
+        "router.edges": ("--edges", edges),
         "router.http_port": ("--http-port", http_port),
         "engine.kv_verify": ("--kv-verify", kv_verify),
     }

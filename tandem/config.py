@@ -309,6 +309,9 @@ def _router(given: Mapping[str, Given], cluster: ClusterConfig, tls: TlsFiles) -
     }
     if not any(key.startswith("router.tls.") for key in given):
         fixed["tls"] = tls
+    edges = given.get("router.edges", Given(1, ""))
+    if edges.value not in (1, None) and not given.get("router.worker_listen", Given("", "")).value:
+        fixed["worker_listen"] = "127.0.0.1:0"  # workers are on this machine
     return settings.build(RouterConfig, "router", given, fixed)
 
 

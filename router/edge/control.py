@@ -82,17 +82,17 @@ class ControlEdge:
     # The cluster.
 
     async def _status(self, data: bytes) -> Message:
-        snapshot = self._admin.snapshot(requests=wire.status_request(data).requests)
+        snapshot = await self._admin.snapshot(requests=wire.status_request(data).requests)
         is_open = self._authenticator.is_open
         return wire.status(self._router_id, self._uptime_s(), snapshot, unauthenticated=is_open)
 
     async def _drain(self, data: bytes) -> Message:
-        self._admin.drain(wire.drain_request(data).worker_id)
+        await self._admin.drain(wire.drain_request(data).worker_id)
         return wire.drained()
 
     async def _set_role(self, data: bytes) -> Message:
         request = wire.role_request(data)
-        self._admin.set_role(request.worker_id, wire.role(request.role))
+        await self._admin.set_role(request.worker_id, wire.role(request.role))
         return wire.role_set()
 
     # Requests.
@@ -100,7 +100,7 @@ class ControlEdge:
     async def _explain(self, data: bytes, who: Presented) -> Message:
         tenant = await self._may_ask_about(who)
         asked = wire.explain_request(data)
-        found = self._admin.explain(asked.request_id, tenant or asked.tenant or None)
+        found = await self._admin.explain(asked.request_id, tenant or asked.tenant or None)
         if not found or tenant not in (None, asked.tenant or tenant):
             # The same for what never was and for what is another's.
             message = f"no request {asked.request_id!r} is known; those that ended are forgotten after a while"

@@ -175,8 +175,8 @@ class Generator:
     def models(self) -> list[ModelView]:
         return self._core.models()
 
-    def rates(self, accepted: Accepted) -> tuple[RateLeft, ...]:
-        return self._core.rates(accepted.request.tenant)
+    async def rates(self, accepted: Accepted) -> tuple[RateLeft, ...]:
+        return await self._core.rates(accepted.request.tenant)
 
     async def models_for(self, presented: Presented) -> list[ModelView]:
         """Those that the caller may use. Raises Unauthenticated, PermissionDenied."""

@@ -38,7 +38,7 @@ class KServeEdge:
         generator: Generator,
         authenticator: Authenticator,
         loads: LoadReports,
-        stats: Callable[[], Stats],
+        stats: Callable[[], Awaitable[Stats]],
         *,
         version: str,
         streamed_at_once: int,
@@ -109,7 +109,7 @@ class KServeEdge:
         await self._authenticator.identify(_presented(context), Scope.ADMIN)
         name, version = wire.named("ModelStatisticsRequest", data)
         views = self._generator.models()
-        return wire.model_statistics((_one_of(views, name, version) if name else views[0]).name, self._stats())
+        return wire.model_statistics((_one_of(views, name, version) if name else views[0]).name, await self._stats())
 
     def _known(self, do: Callable[[bytes, list[ModelView]], bytes]) -> _Method:
         """For those who have a credential: with the models that they may use."""

@@ -266,7 +266,7 @@ class OpenAIEdge:
         try:
             for accepted in call.accepted:
                 answers.append(self._generator.submit(accepted))
-            exchange.also += _rate_headers(self._generator.rates(call.accepted[0]))
+            exchange.also += _rate_headers(await self._generator.rates(call.accepted[0]))
             yield answers
         finally:
             watching.cancel()

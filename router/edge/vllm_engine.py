@@ -32,7 +32,7 @@ class VllmEngineEdge:
         generator: Generator,
         authenticator: Authenticator,
         loads: LoadReports,
-        snapshot: Callable[[], Snapshot],
+        snapshot: Callable[[], Awaitable[Snapshot]],
         model: wire.Model,
         *,
         version: str,
@@ -134,11 +134,11 @@ class VllmEngineEdge:
 
     async def _server_info(self, data: bytes, context: Context) -> bytes:
         await self._authenticator.caller(_presented(context))
-        return wire.server_info(self._snapshot(), self._uptime_s())
+        return wire.server_info(await self._snapshot(), self._uptime_s())
 
     async def _get_loads(self, data: bytes, context: Context) -> bytes:
         await self._authenticator.caller(_presented(context))
-        return wire.loads(self._snapshot(), self._version)
+        return wire.loads(await self._snapshot(), self._version)
 
     async def _tokenizer(self, data: bytes, context: Context) -> None:
         async def work() -> None:

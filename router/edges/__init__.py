@@ -1,0 +1,1 @@
+"""Edges as processes of their own: several on one host share the public ports, and one core decides for all."""
