@@ -425,7 +425,10 @@ def test_reads_that_race_with_reuse_are_stale_or_right(name: str) -> None:
         assert not reader.node.connect(peer="p1", address=owner.hello).refusal
         for number in range(1000, 1000 + 1000, 10):
             count, ttl_s = int(random.integers(1, 8)), float(random.choice([0.0005, 0.002, 5.0]))
-            handle = bytes.fromhex(owner.call(offer=[number, count, ttl_s]))
+            late = number % 250 == 0
+            handle = bytes.fromhex(owner.call(offer=[number, count, 0.0005 if late else ttl_s]))
+            if late:
+                time.sleep(0.02)
             try:
                 fetched = reader.node.fetch(handle, 20.0)
             except FetchError as error:

@@ -52,7 +52,7 @@ class Reader:
         self.looks = 0
         self.party.inproc.hook = self._count
         self.future: Future[Fetched] = self._threads.submit(
-            self.party.node.fetch, self.handle, 10.0, self.cancel, ahead=self.ahead
+            self.party.node.fetch, self.handle, 60.0, self.cancel, ahead=self.ahead
         )
         self._threads.shutdown(wait=False)
 
@@ -66,14 +66,14 @@ class Reader:
 
     def fails(self, outcome: Outcome) -> str:
         with pytest.raises(FetchError) as raised:
-            self.future.result(10)
+            self.future.result(60)
         assert raised.value.outcome is outcome, raised.value
         stats = self.party.node.stats()
         assert (stats.staged_pages, stats.fetches_in_flight) == (0, 0)
         return raised.value.detail
 
     def succeeds(self) -> Fetched:
-        return self.future.result(10)
+        return self.future.result(60)
 
 
 def met(owner: Party, reader: Party) -> None:
@@ -192,7 +192,7 @@ def test_an_owner_that_closes_ends_the_read(owner, reader):
     reading.has_read(1)
     owner.node.close()
     with pytest.raises(FetchError):
-        reading.future.result(10)
+        reading.future.result(60)
     assert not owner.node.publish("t", BLOCKS, 32)
 
 
@@ -237,16 +237,16 @@ def test_a_fetch_waits_for_the_end_of_what_was_given_up(owner, reader):
     owner.node.publish("t", BLOCKS, 16)
     reading.has_read(1)
     with ThreadPoolExecutor(1) as threads:
-        wanted = threads.submit(reader.node.fetch, handle, 10.0)
+        wanted = threads.submit(reader.node.fetch, handle, 60.0)
         eventually(lambda: reader.node._changed._waiters)
         owner.node.publish("t", BLOCKS, 32)
         reading.cancel.set()
         owner.node.publish("t", BLOCKS, TOKENS)
-        fetched = wanted.result(10)
+        fetched = wanted.result(60)
     assert reader.staged(fetched.staged_id) == [owner.block(block) for block in BLOCKS]
     reader.node.discard(fetched.staged_id)
     with pytest.raises(FetchError, match="cancelled"):
-        reading.future.result(10)
+        reading.future.result(60)
 
 
 def test_a_fetch_waits_for_the_discard_of_what_was_staged_ahead(owner, reader):
@@ -254,11 +254,11 @@ def test_a_fetch_waits_for_the_discard_of_what_was_staged_ahead(owner, reader):
     owner.node.publish("t", BLOCKS, TOKENS)
     staged = reader.node.fetch(handle, 5.0, ahead=True)
     with ThreadPoolExecutor(1) as threads:
-        wanted = threads.submit(reader.node.fetch, handle, 10.0)
+        wanted = threads.submit(reader.node.fetch, handle, 60.0)
         eventually(lambda: len(reader.node._changed._waiters) > 1)
         reader.node.discard(staged.staged_id)
         with pytest.raises(FetchError) as raised:
-            wanted.result(10)
+            wanted.result(60)
     assert raised.value.outcome is Outcome.STALE, "its lease was released when the bytes were in"
 
 
@@ -298,19 +298,19 @@ def test_who_is_waited_for_comes_in_between_two_pieces_of_what_streams(owner, re
             size = owner.layout.segment_bytes
             blocks_read.append(int(event.segments.remote[0]) % (32 * size) // size)
             reading.set()
-            go_on.wait(10)
+            go_on.wait(60)
 
     reader.inproc.hook = note
     with ThreadPoolExecutor(2) as threads:
-        ahead = threads.submit(reader.node.fetch, handle, 10.0, ahead=True)
-        assert reading.wait(10)
-        asked = threads.submit(reader.node.fetch, wanted, 10.0)
+        ahead = threads.submit(reader.node.fetch, handle, 60.0, ahead=True)
+        assert reading.wait(60)
+        asked = threads.submit(reader.node.fetch, wanted, 60.0)
         wire_ = reader.node._roster.wires[0]
         eventually(lambda: len(wire_.turn._queue) == 2)
         go_on.set()
-        reader.node.discard(asked.result(10).staged_id)
+        reader.node.discard(asked.result(60).staged_id)
         owner.node.publish("t", BLOCKS, TOKENS)
-        reader.node.discard(ahead.result(10).staged_id)
+        reader.node.discard(ahead.result(60).staged_id)
     order = list(dict.fromkeys(blocks_read))
     assert order.index(20) == 1, order
 
@@ -324,20 +324,20 @@ def test_a_fetch_waits_for_the_pages_of_a_cancelled_one(owner, reader):
 
     def stop() -> None:
         in_mid_piece.set()
-        go_on.wait(10)
+        go_on.wait(60)
 
     reader.during_read(stop)
     owner.node.publish("t", BLOCKS, 32)
-    assert in_mid_piece.wait(10)
+    assert in_mid_piece.wait(60)
     reading.cancel.set()
     with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(reader.node.fetch, owner.offer("wanted", blocks=range(12)), 10.0)
+        waiting = threads.submit(reader.node.fetch, owner.offer("wanted", blocks=range(12)), 60.0)
         eventually(lambda: reader.node._changed._waiters)
         reader.inproc.hook = None
         go_on.set()
-        fetched = waiting.result(10)
+        fetched = waiting.result(60)
     with pytest.raises(FetchError, match="cancelled"):
-        reading.future.result(10)
+        reading.future.result(60)
     reader.node.discard(fetched.staged_id)
     owner.node.withdraw("t")
 
@@ -362,7 +362,7 @@ def begun(reader: Party, owner: PeerProcess) -> Future[Fetched]:
     handle = bytes.fromhex(owner.call(do="stream", **order))
     owner.call(do="publish", transfer_id="t", block_ids=BLOCKS, tokens_ready=32)
     threads = ThreadPoolExecutor(1)
-    fetch = threads.submit(reader.node.fetch, handle, 20.0, ahead=True)
+    fetch = threads.submit(reader.node.fetch, handle, 60.0, ahead=True)
     threads.shutdown(wait=False)
     first = [bytes.fromhex(owner.hello["blocks"][block]) for block in BLOCKS[:2]]
     transfers = reader.node._transfers._transfers
@@ -380,7 +380,7 @@ def test_a_stream_is_read_out_of_another_process(reader_there):
     with peer_process("node", reader_there.transports[0].name) as owner:
         fetch = begun(reader_there, owner)
         owner.call(do="publish", transfer_id="t", block_ids=BLOCKS, tokens_ready=TOKENS)
-        fetched = fetch.result(20)
+        fetched = fetch.result(60)
         blocks = [bytes.fromhex(owner.hello["blocks"][block]) for block in BLOCKS]
         assert reader_there.staged(fetched.staged_id) == blocks
         reader_there.node.discard(fetched.staged_id)
@@ -392,7 +392,7 @@ def test_an_owner_killed_while_it_computes_fails_the_fetch(reader_there):
         fetch = begun(reader_there, owner)
         owner.kill()
         with pytest.raises(FetchError) as raised:
-            fetch.result(20)
+            fetch.result(60)
         assert raised.value.outcome is Outcome.FAILED
     stats = reader_there.node.stats()
     assert (stats.staged_pages, stats.staging_pages_free + stats.quarantined_pages) == (0, 16)

@@ -219,8 +219,10 @@ class TestHealthAndShutdown:
             worker = await router.worker("b")
             call = router.generate(text="x", sampling={"max_tokens": 2})
             (order,) = await worker.wait_for("decode")
+            states = aiter(health_pb2_grpc.HealthStub(router.channel).Watch(health_pb2.HealthCheckRequest()))
+            assert (await anext(states)).status == SERVING
             router.stop.set()
-            await until_health(router, NOT_SERVING)
+            assert (await anext(states)).status == NOT_SERVING
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await anext(aiter(router.generate(text="x")))
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -1030,7 +1031,16 @@ class TestEnds:
             events = (await connection.response()).events
         assert "".join(event["choices"][0]["text"] for event in events) == SAID
 
-    async def test_a_client_that_never_reads_is_cut_off(self) -> None:
+    async def test_a_client_that_never_reads_is_cut_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        create = socket.create_server
+
+        def create_small(*arguments: Any, **options: Any) -> socket.socket:
+            """The kernel keeps little for who does not read."""
+            listener = create(*arguments, **options)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            return listener
+
+        monkeypatch.setattr(socket, "create_server", create_small)
         answer = (300, 301, 302, 303) * 900
         http = HttpLimits(write_timeout_s=0.5)
         async with running(http_port=0, http=http, requests=RequestLimits(stream_tokens_max=128)) as router:

@@ -18,7 +18,6 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from engine.sim import SimEngine
 from kv_transfer.inproc import InprocHub
 from protos.compat import smg_common_pb2 as common
 from protos.compat import vllm_engine_pb2 as pb
@@ -26,7 +25,7 @@ from protos.compat import vllm_engine_pb2_grpc as pb_grpc
 from tests.certificates import Authority
 from tests.worker.running import RunningWorker, running_worker
 from tests.worker.scripted_router import scripted_router
-from tests.worker.test_sim import MODEL, sim_config
+from tests.worker.test_sim import MODEL, Stepwise, sim_config
 from trust.tls import Tls, TlsFiles
 from worker.config import Role, WorkerConfig
 from worker.stops import load_tokenizer
@@ -39,7 +38,7 @@ TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 @dataclass
 class Worker:
-    engine: SimEngine
+    engine: Stepwise
     process: RunningWorker
     channel: grpc.aio.Channel
     address: str
@@ -73,7 +72,7 @@ class Worker:
 
 @asynccontextmanager
 async def running(config: WorkerConfig, hub: InprocHub, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Worker]:
-    engine = SimEngine(config.engine_options, hub)
+    engine = Stepwise(config.engine_options, hub)
     caplog.set_level(logging.INFO)
     caplog.clear()
     async with running_worker(replace(config, engine_listen="127.0.0.1:0"), engine) as process:
@@ -297,12 +296,14 @@ async def test_what_a_gateway_asks_before_it_sends_work(pair: Pair) -> None:
 async def test_a_worker_that_drains_says_so_and_finishes_what_it_has(pair: Pair) -> None:
     call = pair.d.stub.Generate(request(stream=True, max_tokens=300), timeout=WAIT_S)
     await call.read()
+    pair.d.engine.hold(after_steps=0)
     pair.d.process.stop.set()
     async with asyncio.timeout(WAIT_S):
         while (await pair.d.stub.HealthCheck(pb.HealthCheckRequest())).healthy:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     error = await pair.d.refusal(request())
     assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "draining")
+    pair.d.engine.go_on()
     *_, last = await rest(call)
     assert len(last.complete.output_ids) == 300
 
