@@ -9,6 +9,16 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 HAS_GPU = Path("/dev/nvidiactl").exists()
 
 
+#: Of a test that may have to start engines first, on a machine that does much else. Others: pyproject.toml.
+VLLM_TIMEOUT_S = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.timeout(VLLM_TIMEOUT_S))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("vllm") and not HAS_VLLM:
         pytest.fail("vLLM is not installed: `python3 bootstrap.py setup`, or leave it out with `make test-fast`")

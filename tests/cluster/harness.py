@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 TANDEM = (sys.executable, "-c", "from tandem.cli import main; main()")
 
 #: Long enough for two real engines to load on two busy cores.
-READY_TIMEOUT_S = {"sim": 60.0, "vllm": 300.0}
+READY_TIMEOUT_S = {"sim": 120.0, "vllm": 300.0}
 
 #: Flags for a cluster to test on. Simulated engine steps take a moment, as real ones do: else every answer is done
 #: before anything can happen to it. A real engine that died is waited for.

@@ -105,7 +105,6 @@ async def test_killing_a_process_costs_no_client_more_than_a_typed_error(shared:
 
 
 @ON_VLLM
-@pytest.mark.timeout(900)
 async def test_killing_processes_around_real_engines_costs_no_client_more_than_a_typed_error(shared: Cluster) -> None:
     await _kill_amid_requests(shared, "router", shared.pid("router"))
     await _kill_amid_requests(shared, "prefill-0", shared.pid("prefill-0"))
