@@ -387,11 +387,18 @@ class Connection(asyncio.Protocol):
         elif kind == h2.PING:
             self._ping(flags, stream_id, payload)
         elif kind == h2.PRIORITY:
+            if stream_id == 0:
+                raise _Broken(h2.PROTOCOL_ERROR, "a priority of no stream")
             if len(payload) != 5:
                 raise _Broken(h2.FRAME_SIZE_ERROR, "a priority of another size")
         elif kind == h2.PUSH_PROMISE:
             raise _Broken(h2.PROTOCOL_ERROR, "clients don't push")
-        # GOAWAY: it closes when it is done. Kinds that we don't know change nothing.
+        elif kind == h2.GOAWAY:  # it closes when it is done
+            if stream_id != 0:
+                raise _Broken(h2.PROTOCOL_ERROR, "a goodbye of a stream")
+            if len(payload) < 8:
+                raise _Broken(h2.FRAME_SIZE_ERROR, "a goodbye of another size")
+        # Kinds that we don't know change nothing.
 
     def _data(self, flags: int, stream_id: int, payload: bytes) -> None:
         if stream_id == 0 or stream_id > self._last_stream:
@@ -450,7 +457,9 @@ class Connection(asyncio.Protocol):
             raise _Broken(h2.PROTOCOL_ERROR, f"a client can't open stream {stream_id}")
         elif stream_id > self._last_stream:
             self._open(stream_id, fields, end)
-        # Else: of a stream that is over.
+        elif any(name[:1] == b":" for name, _ in fields):
+            raise _Broken(h2.PROTOCOL_ERROR, f"stream {stream_id} is opened after {self._last_stream}")
+        # Else: trailers of a stream that is over.
 
     def _open(self, stream_id: int, fields: Headers, end: bool) -> None:
         self._last_stream = stream_id
@@ -558,7 +567,7 @@ def _are_well_formed(fields: Headers) -> bool:
             regular = True
             if name in _FORBIDDEN or (name == b"te" and value != b"trailers"):
                 return False
-        elif regular or name in pseudo or name not in _PSEUDO:
+        elif regular or name in pseudo or name not in _PSEUDO or (name == b":path" and not value):
             return False
         else:
             pseudo.add(name)
