@@ -1,11 +1,10 @@
 """What of a transfer is left when the prefill ends: a long prompt of a large model, read while it is computed or after.
 
-A router in a process of its own, a prefill and a decode worker in this one, with the simulated engine at the speed of
-Llama 3 70B on four H100s: steps take the time they take there, the lane between the workers takes the time 25 GB/s
-take. All of it is the production code, from the native edge to the lease word; what is simulated is the computing and
-the lane's speed. Scaled is the size of memory: a token has 5 KiB of KV instead of 320, and the lane moves 64 times
-fewer bytes in a second, so that every read takes as long as the real one. The workers share an interpreter, whose lock
-changes hands every half millisecond here instead of every five, for two processes would not wait for each other.
+A router, a prefill and a decode worker, each in a process of its own, with the simulated engine at the speed of Llama 3
+70B on four H100s: steps take the time they take there, the lane between the workers takes the time 25 GB/s take. All
+of it is the production code, from the native edge to the lease word; what is simulated is the computing and the lane's
+speed. Scaled is the size of memory: a token has 5 KiB of KV instead of 320, and the lane moves 64 times fewer bytes in
+a second, so that every read takes as long as the real one.
 
 *Exposed* is the time from the moment in which the prefill engine has the first token to the one in which the decode
 worker has all bytes, confirmed. Requests come one at a time, with overlap and without in turns.
@@ -21,12 +20,14 @@ import asyncio
 import json
 import random
 import shutil
-import sys
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -35,10 +36,9 @@ import uvloop
 from benchmarks.cluster import MODEL, cluster
 from benchmarks.report import Check, Row, at_most, environment, percentile, report
 from decode.admission import DecodeLimits
-from engine.base import EngineOptions, Offered, PrefillLeg, PrefillResult, Staged
+from engine.base import DecodeLeg, EngineOptions, Offered, PrefillLeg, PrefillResult, Staged, StepOutput
 from engine.sim import SimEngine
 from engine.step_time import step_time
-from kv_transfer.inproc import InprocHub
 from tandem import AsyncClient
 from worker.config import LogSettings, Role, WorkerConfig
 from worker.process import serve
@@ -57,23 +57,39 @@ FULL_S = PROMPT_TOKENS * KV_BYTES_PER_TOKEN / LANE_BYTES_PER_S
 
 
 class TimedEngine(SimEngine):
-    """Notes when a prompt was computed, and when it was fetched, by handle."""
+    """Tells when a prompt was computed, when it was fetched, and, before an answer ends, whether what was fetched was
+    what had been computed: zero, or how often it was not."""
 
-    def __init__(self, options: EngineOptions, hub: InprocHub) -> None:
-        super().__init__(options, hub)
-        self.computed_at: dict[bytes, float] = {}
-        self.fetched_at: dict[bytes, float] = {}
+    def __init__(self, options: EngineOptions, told: Connection) -> None:
+        super().__init__(options, bytes_per_s=LANE_BYTES_PER_S / SCALE)
+        self._told = told
 
     async def prefill(self, leg: PrefillLeg, offered: Offered | None = None) -> PrefillResult:
         result = await super().prefill(leg, offered)
-        if result.handle is not None:
-            self.computed_at[result.handle] = time.perf_counter()
+        self._told.send(time.monotonic())
         return result
 
     async def fetch(self, handle: bytes, timeout_s: float, *, ahead: bool = False) -> Staged:
         staged = await super().fetch(handle, timeout_s, ahead=ahead)
-        self.fetched_at[handle] = time.perf_counter()
+        self._told.send(time.monotonic())
         return staged
+
+    async def decode(self, leg: DecodeLeg) -> AsyncIterator[StepOutput]:
+        async for output in super().decode(leg):
+            if output.finish_reason:
+                self._told.send((await self.load()).extra["kv_mismatches_total"])
+            yield output
+
+
+def work(config: WorkerConfig, told: Connection) -> None:
+    """A worker process, until it is terminated."""
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        await serve(config, TimedEngine(config.engine_options, told), stop, lambda code: None)
+
+    uvloop.run(run())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,27 +108,24 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Pair:
     client: AsyncClient
-    prefill: TimedEngine
-    decode: TimedEngine
+    prefill: Connection
+    decode: Connection
 
     async def request(self, prompt: Sequence[int]) -> Request:
         """Runs one; its tokens are right, or the simulated engine has found other bytes than it should."""
         stream = self.client.generate(list(prompt), max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True)
-        result = await stream.result()
-        timings = result.finished.timings
-        ((handle, computed_at),) = self.prefill.computed_at.items()
-        exposed_s = self.decode.fetched_at.pop(handle) - computed_at
-        self.prefill.computed_at.clear()
-        mismatches = (await self.decode.load()).extra["kv_mismatches_total"]
+        timings = (await stream.result()).finished.timings
+        computed_at, fetched_at, mismatches = self.prefill.recv(), self.decode.recv(), self.decode.recv()
         assert not mismatches, "the bytes that arrived are not those that were computed"
+        exposed_s = fetched_at - computed_at
         return Request(exposed_s=exposed_s, prefill_s=timings.prefill_s, handoff_s=timings.handoff_s)
 
 
 @asynccontextmanager
 async def running(address: str, options: EngineOptions, case: Case) -> AsyncIterator[Pair]:
-    """A prefill and a decode worker of this router, in this process."""
-    hub = InprocHub(LANE_BYTES_PER_S / SCALE)
-    engines, tasks, stop = [], [], asyncio.Event()
+    """A prefill and a decode worker of this router."""
+    spawn = get_context("spawn")
+    told, workers = [], []
     for role in (Role.PREFILL, Role.DECODE):
         config = WorkerConfig(
             role=role,
@@ -122,16 +135,21 @@ async def running(address: str, options: EngineOptions, case: Case) -> AsyncIter
             decode=DecodeLimits() if case.overlap else DecodeLimits(fetches_ahead=0),
             log=LogSettings(level="WARNING"),
         )
-        engines.append(TimedEngine(config.engine_options, hub))
-        tasks.append(asyncio.create_task(serve(config, engines[-1], stop, lambda code: None)))
+        here, there = spawn.Pipe(duplex=False)
+        told.append(here)
+        workers.append(spawn.Process(target=work, args=(config, there), daemon=True))
+        workers[-1].start()
+        there.close()
     try:
         async with AsyncClient(address) as client:
-            while len((await client.status()).workers) < len(tasks):  # noqa: ASYNC110  it tells only when asked
+            while len((await client.status()).workers) < len(workers):  # noqa: ASYNC110  it tells only when asked
                 await asyncio.sleep(0.05)
-            yield Pair(client, *engines)
+            yield Pair(client, *told)
     finally:
-        stop.set()
-        await asyncio.gather(*tasks)
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
 
 
 async def measure(address: str, options: EngineOptions, case: Case, requests: int) -> list[Request]:
@@ -178,7 +196,6 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10, help="of each kind")
     arguments = parser.parse_args()
     env = environment()
-    sys.setswitchinterval(0.0005)
     folder = Path(tempfile.mkdtemp(prefix="bench-overlap-"))
     print(f"logs in {folder}")
     bytes_per_token = KV_BYTES_PER_TOKEN // SCALE
@@ -187,7 +204,7 @@ def main() -> None:
         model=str(long_model(folder)),
         served_model_name="nano",
         cluster_secret=random.Random(0).randbytes(32),
-        transports=("inproc",),
+        transports=("shm", "tcp"),
         kv_cache_bytes=4 * PROMPT_TOKENS * bytes_per_token,
         staging_bytes=4 * PROMPT_TOKENS * bytes_per_token,
         kv_bytes_per_token=bytes_per_token,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -38,6 +38,7 @@ from engine.base import (
 )
 from engine.sim_blocks import BlockPool
 from engine.sim_core import CoreLimits, PrefillDone, Readable, SimCore, StagedPages
+from engine.sim_lane import PacedTransport
 from engine.sim_memory import Chain, ChainMemory
 from engine.sim_model import SimModel, read_model
 from engine.step_time import StepWork, step_time
@@ -47,7 +48,7 @@ from kv_transfer.layout import KvLayout
 from kv_transfer.node import KvNode
 from kv_transfer.registry import make_transports
 from kv_transfer.segments import ArenaMap
-from kv_transfer.transport import ARENA, STAGING, Region
+from kv_transfer.transport import ARENA, STAGING, Region, Transport
 from kv_transfer.turn import Cancel
 from trust.tls import Tls
 
@@ -63,11 +64,15 @@ _LAG_MAX_S = 0.1
 
 
 class SimEngine:
-    """See engine.base.Engine. `hub` is for engines that share a process and the transport "inproc"."""
+    """See engine.base.Engine. `hub` is for engines that share a process and the transport "inproc". With `bytes_per_s`
+    reads of other engines' KV take as long as they would on a lane of that speed."""
 
-    def __init__(self, options: EngineOptions, hub: InprocHub | None = None) -> None:
+    def __init__(
+        self, options: EngineOptions, hub: InprocHub | None = None, *, bytes_per_s: float | None = None
+    ) -> None:
         self._options = options
         self._hub = hub
+        self._bytes_per_s = bytes_per_s
         self._step_time = step_time(options.step_time)
         self._state: _Started | None = None
         self._steps: asyncio.Task[None] | None = None
@@ -87,11 +92,15 @@ class SimEngine:
         def wake() -> None:
             loop.call_soon_threadsafe(self._woken.set)
 
-        started = self._state = await asyncio.to_thread(_start, self._options, self._hub, wake)
+        started = self._state = await asyncio.to_thread(_start, self._options, self._transports, wake)
         started.step_end = loop.time()
         self._dead_reason = ""
         self._steps = asyncio.create_task(self._run(started), name=f"sim-steps-{self._options.name}")
         return started.info
+
+    def _transports(self, tls: Tls | None) -> Sequence[Transport]:
+        made = make_transports(self._options.transports, host=self._options.kv_host, hub=self._hub, tls=tls)
+        return made if self._bytes_per_s is None else [PacedTransport(each, self._bytes_per_s) for each in made]
 
     async def stop(self) -> None:
         self._die("the engine was stopped")
@@ -409,7 +418,9 @@ def _discard_result(node: KvNode, done: Future[Fetched]) -> None:
         node.discard(done.result().staged_id)
 
 
-def _start(options: EngineOptions, hub: InprocHub | None, wake: Callable[[], None]) -> _Started:
+def _start(
+    options: EngineOptions, transports: Callable[[Tls | None], Sequence[Transport]], wake: Callable[[], None]
+) -> _Started:
     """Blocks; raises ValueError that names the option at fault, or TransportUnavailable."""
     model = read_model(options)
     memory, blocks = _memory(options, model)
@@ -429,7 +440,7 @@ def _start(options: EngineOptions, hub: InprocHub | None, wake: Callable[[], Non
         layout=layout,
         model=options.served_model_name,
         secret=options.cluster_secret,
-        transports=make_transports(options.transports, host=options.kv_host, hub=hub, tls=tls),
+        transports=transports(tls),
         host=options.kv_host,
         tls=tls,
         verify=options.kv_verify,

@@ -21,10 +21,9 @@ _CHECK_EVERY_BYTES = 1 << 20
 
 class InprocHub:
     """The memory that nodes of this process let each other read. Whoever creates the nodes creates one and hands it to
-    each. With `bytes_per_s` every read takes as long as it would on a lane of that speed, for simulations of one."""
+    each."""
 
-    def __init__(self, bytes_per_s: float = float("inf")) -> None:
-        self.bytes_per_s = bytes_per_s
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._exports: dict[bytes, Mapping[str, Region]] = {}
 
@@ -89,8 +88,7 @@ class InprocTransport:
         self._peers[peer] = exported
 
     def read(self, peer: str, segments: Segments, timeout_s: float) -> None:
-        began = time.monotonic()
-        deadline = began + timeout_s
+        deadline = time.monotonic() + timeout_s
         token = self._peers.get(peer)
         theirs = None if token is None else self._hub.find(token)
         if theirs is None:
@@ -99,7 +97,6 @@ class InprocTransport:
         local = self._regions[segments.local_region]
         self._tell(ReadEvent(peer, segments, False, local))
         _copy(theirs[segments.remote_region], local, segments, deadline)
-        time.sleep(max(0.0, began + segments.nbytes / self._hub.bytes_per_s - time.monotonic()))
         self._tell(ReadEvent(peer, segments, True, local))
 
     def _tell(self, event: ReadEvent) -> None:

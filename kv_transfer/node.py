@@ -67,7 +67,8 @@ log = logging.getLogger(__name__)
 
 _CLOSE_GRACE_S = 5.0
 _LOOK_AT_UNQUIET_S = 0.25
-
+#: Between the end of a fetch and its release.
+_GIVE_WAY_S = 0.001
 
 _EVENTS = {Outcome.STALE: TransferEvent.WORD_GONE, Outcome.CORRUPT: TransferEvent.CORRUPT}
 
@@ -673,6 +674,8 @@ class KvNode:
             self._courier.submit(self._release_there, handle, raw, peer)
 
     def _release_there(self, handle: Handle, raw: bytes, peer: Peer | None) -> None:
+        # There is one interpreter, and whoever waits for the fetch goes first.
+        time.sleep(_GIVE_WAY_S)
         if peer is not None:
             peer.client.release(raw, self.limits.release_timeout_s, self._owner_told)
             return

@@ -28,38 +28,66 @@ from kv_transfer.transport import BOARD
 from kv_transfer.turn import Cancel
 
 #: Between looks at a row.
-_PAUSE_MIN_S = 0.001
+_PAUSE_MIN_S = 0.00025
 _PAUSE_MAX_S = 0.05
-#: While it is not known how long a chunk takes: the pause grows from the least by this factor.
+#: Of the time that a chunk takes: how long before it is due to begin to look, and how often then. Half of that is
+#: what looking adds to a transfer's end; some ten looks for every chunk are what it costs.
+_EARLY = 1 / 16
+_OFTEN = 1 / 128
+#: A chunk that took longer than the last by more than this factor was held up.
+_SLOWER_MAX = 1.25
+#: While it is not known how long a chunk takes: the pause grows from this by this factor.
+_PAUSE_FIRST_S = 0.001
 _PAUSE_GROWS = 1.5
 
 
 class Pace:
-    """When to look again at a row that grows. `now` on one monotonic clock."""
+    """When to look again at a row that grows. `now` on one monotonic clock.
+
+    What is foretold is when it grows, not when that was seen: a look that came late, on a machine with much to do,
+    must not make all that follow late.
+    """
 
     def __init__(self) -> None:
+        #: The last look, and when, about, the row grew for the last time.
+        self._looked_at = 0.0
         self._grew_at: float | None = None
-        #: The fewest blocks by which it has grown: one look may have found several chunks.
+        #: The fewest blocks by which it has grown, for one look may have found several chunks, and how long those took.
         self._chunk_blocks = 0
-        #: How long the next chunk of so many blocks should take.
         self._chunk_s: float | None = None
-        self._pause_s = _PAUSE_MIN_S
+        self._left = 0
+        self._pause_s = _PAUSE_FIRST_S
 
-    def grew(self, now: float, blocks: int) -> None:
-        """A look at `now` found so many more."""
-        if self._grew_at is not None:
-            self._chunk_blocks = min(self._chunk_blocks or blocks, blocks)
-            self._chunk_s = (now - self._grew_at) * self._chunk_blocks / blocks
-        self._grew_at = now
+    def looked(self, now: float, blocks: int, left: int) -> None:
+        """A look at `now` found so many more, or none; so many are still to come."""
+        if blocks:
+            self._grew(now, blocks)
+            self._left = left
+        self._looked_at = now
+
+    def _grew(self, now: float, blocks: int) -> None:
+        if self._grew_at is None:
+            self._grew_at = now
+            return
+        self._chunk_blocks = min(self._chunk_blocks or blocks, blocks)
+        chunks = blocks / self._chunk_blocks
+        if self._chunk_s is None:
+            self._chunk_s, self._grew_at = (now - self._grew_at) / chunks, now
+            return
+        # Some time after the look before. It may have been as foretold, however late this one is.
+        grew_at = min(now, max(self._looked_at, self._grew_at + self._chunk_s * chunks))
+        self._chunk_s = min((grew_at - self._grew_at) / chunks, self._chunk_s * _SLOWER_MAX)
+        self._grew_at = grew_at
 
     def pause_s(self, now: float) -> float:
         if self._chunk_s is None or self._grew_at is None:
             self._pause_s = min(self._pause_s * _PAUSE_GROWS, _PAUSE_MAX_S / 4)
             return self._pause_s
-        due = self._grew_at + self._chunk_s
-        early = due - self._chunk_s / 8 - now
+        # The last chunk may be a small one.
+        due = self._grew_at + self._chunk_s * min(1.0, self._left / self._chunk_blocks)
+        early = due - self._chunk_s * _EARLY - now
         # The later it is, the less a moment more matters.
-        often = max(self._chunk_s / 32, (now - due) / 8)
+        often = max(self._chunk_s * _OFTEN, (now - due) / 8)
         return max(early, min(max(often, _PAUSE_MIN_S), _PAUSE_MAX_S))
 
 
@@ -96,8 +124,7 @@ class Reading:
                 if read == len(ids):
                     looked_at = time.monotonic()
                     self._learn_ids(ids)
-                    if read < len(ids):
-                        pace.grew(looked_at, len(ids) - read)
+                    pace.looked(looked_at, len(ids) - read, len(self.pages) - len(ids))
                 stop = len(ids) if self.handle.block_ids else min(len(ids), read + self._blocks_in_a_piece)
                 self._read(ids[read:stop], self.pages[read:stop])
                 read = stop

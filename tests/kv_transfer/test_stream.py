@@ -253,6 +253,7 @@ def test_a_fetch_waits_for_the_discard_of_what_was_staged_ahead(owner, reader):
     handle = stream(owner)
     owner.node.publish("t", BLOCKS, TOKENS)
     staged = reader.node.fetch(handle, 5.0, ahead=True)
+    eventually(lambda: not owner.node.stats().leases_held)
     with ThreadPoolExecutor(1) as threads:
         wanted = threads.submit(reader.node.fetch, handle, 60.0)
         eventually(lambda: len(reader.node._changed._waiters) > 1)
@@ -428,29 +429,67 @@ def test_a_row_that_names_blocks_outside_the_arena_is_not_followed(owner, reader
 # -- how often it looks
 
 
-def test_it_looks_seldom_while_a_chunk_is_computed_and_often_when_one_is_due():
+@pytest.fixture
+def pace() -> Pace:
+    """Of a row that has grown by 8 blocks at 10.0, and at 10.4."""
     pace = Pace()
-    pace.grew(10.0, 8)
-    pace.grew(10.4, 8)
-    assert pace.pause_s(10.4) == pytest.approx(0.35)
-    assert pace.pause_s(10.79) == pytest.approx(0.4 / 32)
+    pace.looked(10.0, 8, 100)
+    pace.looked(10.4, 8, 92)
+    return pace
+
+
+def test_it_looks_seldom_while_a_chunk_is_computed_and_often_when_one_is_due(pace: Pace) -> None:
+    assert pace.pause_s(10.4) == pytest.approx(0.4 * 15 / 16)
+    assert pace.pause_s(10.79) == pytest.approx(0.4 / 128)
     assert pace.pause_s(14.0) == 0.05, "a chunk that is late is waited for with less haste"
 
 
-def test_a_look_that_found_several_chunks_does_not_make_it_look_less_often():
-    pace = Pace()
-    pace.grew(10.0, 8)
-    pace.grew(10.4, 8)
-    pace.grew(11.2, 16)
-    assert pace.pause_s(11.2) == pytest.approx(0.35)
+def test_a_look_that_found_several_chunks_does_not_make_it_look_less_often(pace: Pace) -> None:
+    pace.looked(11.2, 16, 76)
+    assert pace.pause_s(11.2) == pytest.approx(0.4 * 15 / 16)
+
+
+def test_a_look_that_came_late_does_not_make_the_next_one_late(pace: Pace) -> None:
+    pace.looked(11.0, 8, 84)
+    assert pace.pause_s(11.0) == pytest.approx(0.2 - 0.4 / 16)
+
+
+def test_chunks_that_take_longer_are_foretold_from_the_last(pace: Pace) -> None:
+    pace.looked(10.84, 0, 92)
+    pace.looked(10.841, 8, 84)
+    assert pace.pause_s(10.84) == pytest.approx(0.44 * 15 / 16)
+
+
+def test_chunks_that_take_less_are_found_out(pace: Pace) -> None:
+    """The engine has twice the speed from here on."""
+    grew_at = now = 10.4
+    late_s: list[float] = []
+    while len(late_s) < 10:
+        now += pace.pause_s(now)
+        chunks = int((now - grew_at) / 0.2)
+        pace.looked(now, 8 * chunks, 84)
+        grew_at += 0.2 * chunks
+        late_s += [now - grew_at] if chunks else []
+    assert max(late_s[-3:]) < 0.01
+
+
+def test_a_chunk_that_was_held_up_does_not_hold_up_the_next(pace: Pace) -> None:
+    pace.looked(11.99, 0, 92)
+    pace.looked(12.0, 8, 84)
+    assert pace.pause_s(12.0) <= 0.4 * 1.25
+
+
+def test_the_last_chunk_is_due_earlier_when_it_is_small(pace: Pace) -> None:
+    pace.looked(10.8, 8, 2)
+    assert pace.pause_s(10.8) == pytest.approx(0.1 - 0.4 / 16)
 
 
 def test_it_never_spins():
     pace = Pace()
-    assert all(pace.pause_s(now / 1000) >= 0.001 for now in range(100))
-    pace.grew(1.0, 1)
-    pace.grew(1.000001, 1)
-    assert all(pace.pause_s(1.0 + now / 1e6) >= 0.001 for now in range(100))
+    assert all(pace.pause_s(now / 1000) >= 0.00025 for now in range(100))
+    pace.looked(1.0, 1, 10)
+    pace.looked(1.000001, 1, 9)
+    assert all(pace.pause_s(1.0 + now / 1e6) >= 0.00025 for now in range(100))
 
 
 def test_it_looks_often_at_first_and_then_less():
