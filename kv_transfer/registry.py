@@ -32,6 +32,8 @@ def make_transports(
         raise TransportUnavailable(f"unknown transport {unknown[0]!r}; there are {', '.join(NAMES)}")
     if "nixl" in names and "ucx" in names:
         raise TransportUnavailable('transports "nixl" and "ucx" bring a UCX each; one process has room for one of them')
+    if tls is not None and "ucx" in names:
+        raise TransportUnavailable('transport "ucx" has no TLS, and this node\'s KV is to have it: name "tcp" instead')
     made, missing = [], []
     for name in names:
         try:

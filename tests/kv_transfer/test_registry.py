@@ -15,6 +15,7 @@ from kv_transfer import ucx_stack
 from kv_transfer.registry import TransportUnavailable, make_transports
 from kv_transfer.transport import TransportError
 from kv_transfer.ucx_stack import Place, UcxLane, _rdma_ports, lane
+from trust.tls import Tls, TlsFiles
 
 
 def test_a_transport_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +34,11 @@ def test_a_transport_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_nixl_and_ucx_together_are_refused_by_name(names: list[str]) -> None:
     with pytest.raises(TransportUnavailable, match='"nixl" and "ucx"'):
         make_transports(names)
+
+
+def test_ucx_is_refused_where_kv_is_to_have_tls() -> None:
+    with pytest.raises(TransportUnavailable, match='"ucx" has no TLS'):
+        make_transports(["ucx", "tcp"], tls=Tls(TlsFiles()))
 
 
 @pytest.mark.parametrize(("there", "wanted"), [("ucxx", "NIXL"), ("nixl_cu12", "ucxx")])
