@@ -21,11 +21,11 @@ from router.core import events as ev
 from router.core.errors import Invalid, Misfit, TandemError, Unauthenticated, Unavailable
 from router.core.worker import WorkerFacts
 from router.edge.errors import abort
-from router.edge.identity import certificate_names
 from router.grpc_server.call import Call
 from router.joining import Gate, Introduction
 from router.refusals import Refusals, source_of
 from router.shell import Shell, WorkerEffect
+from trust.tls import certificate_names
 
 if TYPE_CHECKING:
     Stream = grpc.aio.ServicerContext[wire.WorkerMessage, wire.RouterMessage]

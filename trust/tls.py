@@ -18,6 +18,7 @@ import os
 import ssl
 import threading
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -332,3 +333,9 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
+    """Of a verified certificate, from gRPC's `auth_context()`: the URIs (SPIFFE ids) and DNS names that it is for."""
+    found = (*auth_context.get("peer_uri", ()), *(name.lower() for name in auth_context.get("peer_dns", ())))
+    return tuple(name.decode(errors="replace") for name in found)

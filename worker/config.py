@@ -104,6 +104,9 @@ class WorkerConfig:
     #: host:port of vLLM's engine API, by which a gateway of somebody else's can drive this worker; empty means none,
     #: port 0 any free one. With TLS it takes clients' certificates; without, this machine's own addresses only.
     engine_listen: str = ""
+    #: SPIFFE ids and DNS names in certificates that may call there; needed where other machines can. Empty: everybody
+    #: who may connect.
+    engine_certificates: tuple[str, ...] = ()
 
     @property
     def worker_id(self) -> str:
@@ -129,11 +132,15 @@ class WorkerConfig:
                 found.append(f"{name}: {address!r} is not host:port")
         tls = self.engine_options.tls
         host = self.engine_listen.rpartition(":")[0]
-        if host and not is_loopback(host) and not (tls.serves and tls.ca):
+        names_callers = tls.serves and bool(tls.ca)
+        if host and not is_loopback(host) and not (names_callers and self.engine_certificates):
             found.append(
                 f"engine_listen: {host} can be reached from other machines: whoever calls there is served and may end "
-                "others' requests, so it takes certificates (engine_options.tls: cert, key and ca)"
+                "others' requests, so it takes certificates (engine_options.tls: cert, key and ca) with names that "
+                "engine_certificates lists"
             )
+        elif self.engine_certificates and not names_callers:
+            found.append("engine_certificates: needs a port that knows who vouches for them (engine_options.tls)")
         tls_problems = tls.problems() + tls.listen_problems(self.engine_options.kv_host)
         for address in self.routers:
             tls_problems += tls.dial_problems(address.rpartition(":")[0])

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 import grpc
@@ -37,7 +38,7 @@ from engine.base import (
     TokenLogprobs,
 )
 from prefill.service import PrefillOrder
-from trust.tls import Tls
+from trust.tls import Tls, certificate_names
 from worker import vllm_engine_wire as wire
 from worker.config import Role, WorkerConfig
 from worker.health import Health
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 Write = Callable[[bytes], Awaitable[None]]
+T = TypeVar("T")
+Method = Callable[[bytes, Context], Awaitable[T]]
 
 #: Of a caller that names no deadline.
 _TIMEOUT_S = 3600.0
@@ -121,6 +124,8 @@ class EnginePort:
         self._worker = worker
         self._files = wire.ModelFiles(Path(config.engine_options.model))
         self._text: Tokenizer | None = None
+        names = config.engine_certificates
+        self._certificates = frozenset(name if "://" in name else name.lower() for name in names)
         self._began = asyncio.get_running_loop().time()
         #: Open calls, by the id that the caller gave; for Abort.
         self._open: dict[str, dict[_Leg, str]] = {}
@@ -150,24 +155,35 @@ class EnginePort:
             await self._server.stop(_LAST_WORDS_S)
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        unary: dict[str, Callable[[bytes], Awaitable[bytes]]] = {
+        asked: dict[str, Callable[[bytes], Awaitable[bytes]]] = {
             "HealthCheck": self._health,
             "GetModelInfo": self._model_info,
             "GetServerInfo": self._server_info,
             "GetLoads": self._loads,
             "Abort": self._abort,
         }
+        unary = {name: self._known(_answering(do)) for name, do in asked.items()}
         refused = {name: _refuse(name, why) for name, why in wire.REFUSED.items()}
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                **{name: grpc.unary_unary_rpc_method_handler(_answering(do)) for name, do in unary.items()},
-                **{name: grpc.unary_unary_rpc_method_handler(do) for name, do in refused.items()},
+                **{name: grpc.unary_unary_rpc_method_handler(do) for name, do in (unary | refused).items()},
                 "SubscribeKvEvents": grpc.unary_stream_rpc_method_handler(refused["SubscribeKvEvents"]),
-                "Generate": grpc.unary_stream_rpc_method_handler(self._generate),
-                "GetTokenizer": grpc.unary_stream_rpc_method_handler(self._tokenizer),
+                "Generate": grpc.unary_stream_rpc_method_handler(self._known(self._generate)),
+                "GetTokenizer": grpc.unary_stream_rpc_method_handler(self._known(self._tokenizer)),
             },
         )
+
+    def _known(self, do: Method[T]) -> Method[T]:
+        """For those on the list alone, where there is one."""
+
+        async def method(data: bytes, context: Context) -> T:
+            if self._certificates and self._certificates.isdisjoint(certificate_names(context.auth_context())):
+                log.warning("a caller of the engine API is refused: %s has none of the names", context.peer())
+                await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no name in the certificate may call here")
+            return await do(data, context)
+
+        return method
 
     # Legs.
 

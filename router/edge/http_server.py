@@ -62,7 +62,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         self._header = dict(self.headers)
-        #: Of a client's certificate that was verified, see `identity.certificate_names`.
+        #: Of a client's certificate that was verified, see `trust.tls.certificate_names`.
         self.certificate_names: tuple[str, ...] = scope.get(_NAMES, ())
         #: The address at the other end, without its port.
         self.peer: str = (scope.get("client") or ("",))[0]
@@ -292,7 +292,7 @@ class HttpServer:
 
 
 def _certificate_names(certificate: Mapping[str, Any]) -> Iterator[str]:
-    """As `identity.certificate_names` has them, from `ssl.SSLObject.getpeercert`."""
+    """As `trust.tls.certificate_names` has them, from `ssl.SSLObject.getpeercert`."""
     for kind, name in certificate.get("subjectAltName", ()):
         if kind in ("URI", "DNS"):
             yield name.lower() if kind == "DNS" else name

@@ -19,6 +19,7 @@ from router.core.errors import PermissionDenied, Rejected, Unauthenticated
 from router.core.request import Lane
 from router.core.tenant import LANES, Tenant, TenantBook
 from router.refusals import Refusals, source_of
+from trust.tls import certificate_names
 
 #: Longer ones are nobody's.
 _TOKEN_CHARS_MAX = 8192
@@ -224,12 +225,6 @@ def presented(
     names = names or certificate_names(auth_context or {})
     trace_id = next((_trace_id(value) for name, value in headers if name.lower() == "traceparent"), "")
     return Presented(next(iter(tokens), ""), names, peer, trace_id)
-
-
-def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
-    """Of a verified certificate, from gRPC's `auth_context()`: the URIs (SPIFFE ids) and DNS names that it is for."""
-    found = (*auth_context.get("peer_uri", ()), *(name.lower() for name in auth_context.get("peer_dns", ())))
-    return tuple(name.decode(errors="replace") for name in found)
 
 
 def _trace_id(value: str | bytes) -> str:

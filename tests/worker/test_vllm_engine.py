@@ -321,6 +321,27 @@ async def test_with_tls_it_takes_those_alone_whom_the_clusters_authority_vouches
             assert not await answers(worker.address, None, ours), "in plaintext"
 
 
+async def test_of_those_with_a_certificate_it_takes_the_listed_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = Authority(tmp_path)
+    async with scripted_router() as router:
+        config = sim_config(router.address, "w0", Role.BOTH, tls=ours.issue("w0"), transports=("tcp",))
+        config = replace(config, engine_certificates=("spiffe://c/gateway", "Gateway.example"))
+        async with running(config, InprocHub(), caplog) as worker:
+            assert await answers(worker.address, ours.issue("one", "spiffe://c/gateway"), ours)
+            assert await answers(worker.address, ours.issue("two", dns=("gateway.example",)), ours)
+            for other in (ours.issue("three", "spiffe://c/tenant"), ours.issue("four")):
+                assert not await answers(worker.address, other, ours)
+                credentials = Tls(other).channel_credentials()
+                async with grpc.aio.secure_channel(worker.address, credentials) as channel:
+                    stub = pb_grpc.VllmEngineStub(channel)
+                    for call in (stub.Abort(pb.AbortRequest()), stub.Generate(request()).read()):
+                        with pytest.raises(grpc.aio.AioRpcError) as caught:
+                            await call
+                        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
 async def answers(address: str, shown: TlsFiles | None, believed: Authority) -> bool:
     if shown is None:
         channel = grpc.aio.insecure_channel(address)
@@ -339,3 +360,12 @@ async def answers(address: str, shown: TlsFiles | None, believed: Authority) -> 
 def test_other_machines_need_certificates(host: str) -> None:
     with pytest.raises(ValueError, match="engine_listen: .* takes certificates"):
         replace(sim_config("127.0.0.1:1", "w", Role.BOTH), engine_listen=f"{host}:1")
+
+
+def test_other_machines_need_a_list_of_names_and_a_list_needs_certificates(tmp_path: Path) -> None:
+    config = sim_config("127.0.0.1:1", "w", Role.BOTH, tls=Authority(tmp_path).issue("w"))
+    with pytest.raises(ValueError, match="engine_listen: .* names that engine_certificates lists"):
+        replace(config, engine_listen="0.0.0.0:1")
+    assert replace(config, engine_listen="0.0.0.0:1", engine_certificates=("spiffe://c/g",)).engine_certificates
+    with pytest.raises(ValueError, match="engine_certificates: needs"):
+        replace(sim_config("127.0.0.1:1", "w", Role.BOTH), engine_certificates=("spiffe://c/g",))
