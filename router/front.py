@@ -115,7 +115,9 @@ class Front:
             )
             self._http = HttpServer(app, config.http, access.tls, age_s_max=config.connection_age_s_max)
         self.port = 0
+        # As of several, see router.edges.fleet.
         self.fault: Exception | None = None
+        self.serving_count, self.restarts = 1, 0
 
     @property
     def http_port(self) -> int | None:

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 from protos import worker_link_pb2_grpc
 from router.access import open_access
@@ -32,7 +33,7 @@ from router.grpc_server.stock import StockServer
 from router.joining import Gate
 from router.links import Links
 from router.metering.keeper import Keeper
-from router.metrics import RouterCollector, access_metrics, exposition
+from router.metrics import RouterCollector, access_metrics, edge_metrics, exposition
 from router.shell import Shell
 from trust.tls import expires
 
@@ -95,11 +96,14 @@ async def serve(
     page = exposition(
         RouterCollector(
             lambda: asyncio.run_coroutine_threadsafe(read(), loop).result(_METRICS_WAIT_S),
-            lambda: access_metrics(
-                is_open=access.authenticator.is_open,
-                joins_are_open=gate.is_open,
-                refused={"credentials": face.refused(), "joins": links.refusals.told()},
-                expires={"clients": expires(access.tls), "workers": expires(access.worker_tls)},
+            lambda: chain(
+                access_metrics(
+                    is_open=access.authenticator.is_open,
+                    joins_are_open=gate.is_open,
+                    refused={"credentials": face.refused(), "joins": links.refusals.told()},
+                    expires={"clients": expires(access.tls), "workers": expires(access.worker_tls)},
+                ),
+                edge_metrics(serving=face.serving_count, restarts=face.restarts),
             ),
         )
     )

@@ -126,6 +126,11 @@ def access_metrics(
     yield ends
 
 
+def edge_metrics(*, serving: int, restarts: int) -> Iterator[Metric]:
+    yield GaugeMetricFamily("tandem_edges", "Processes that speak with clients", value=serving)
+    yield CounterMetricFamily("tandem_edge_restarts", "Of these, started again after they died", value=restarts)
+
+
 def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
     bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
     cumulative = accumulate(histogram.counts)

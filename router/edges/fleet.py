@@ -296,9 +296,9 @@ class Fleet:
                 await edge.count(_SILENCE_S_MAX)
                 await asyncio.sleep(_BEAT_S)
                 edge.say_now()
-        except (TandemError, TimeoutError) as error:
-            _log.error("edge %d does not answer: %s", edge.process.pid, error)
-            edge.kill()
+        except (TandemError, TimeoutError):
+            if not edge.link.lost_because:
+                edge.link.cut("it does not answer")
 
     async def _answer(self, edge: Edge, question: wire.Question) -> object:
         match question:

@@ -163,6 +163,8 @@ class Router:
         self.served = served
         options = (("grpc.use_local_subchannel_pool", 1),)
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{bound.port}", options=options)
+        #: Where workers come.
+        self.links = grpc.aio.insecure_channel(f"127.0.0.1:{bound.worker_port or bound.port}", options=options)
         self.inference = inference_pb2_grpc.InferenceStub(self.channel)
         self.control = control_pb2_grpc.ControlStub(self.channel)
         self.text = ModelText(MODEL_DIR)
@@ -172,7 +174,7 @@ class Router:
         self, name: str, role: int = BOTH, *, answer: tuple[int, ...] | None = None, **changes: object
     ) -> Worker:
         """Linked and welcomed. With an answer, it serves."""
-        call = link_grpc.WorkerLinkStub(self.channel).Connect()
+        call = link_grpc.WorkerLinkStub(self.links).Connect()
         worker = Worker(name, call, answer or (), serving=answer is not None)
         await worker.send(hello=await proven(call, hello(name, role, **changes)))
         self._reading.append(asyncio.create_task(worker.read()))
@@ -227,6 +229,7 @@ class Router:
             for task in self._reading:
                 task.cancel()
             await asyncio.gather(*self._reading, return_exceptions=True)
+            await self.links.close()
             await self.channel.close()
 
 
@@ -241,8 +244,11 @@ async def running(
         "load_report_interval_s": 0.05,
         "join_key": JOIN_KEY,
         "grpc_server": os.environ.get("TANDEM_TEST_GRPC_SERVER", "tandem"),
+        "edges": int(os.environ.get("TANDEM_TEST_EDGES", "1")),
         **changes,
     }
+    if values["edges"] != 1:
+        values.setdefault("worker_listen", "127.0.0.1:0")
     config = RouterConfig(
         model_name=MODEL,
         limits=limits or CoreLimits(),
