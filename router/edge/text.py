@@ -8,11 +8,12 @@ answer ends.
 from __future__ import annotations
 
 import json
+from codecs import utf_8_decode
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 #: What the library shows for bytes that make no character, or none yet.
 _HALF = "\ufffd"
@@ -32,6 +33,8 @@ class ModelText:
             raise ValueError(f"model_dir: {path} is not a readable tokenizer: {error}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        #: Where a token stands for the same bytes wherever it is.
+        self._token_bytes = TokenBytes(self.tokenizer) if isinstance(self.tokenizer.decoder, ByteLevel) else None
         #: What the model's authors recommend for sampling fields that a client leaves unset.
         self.recommended = _recommended(model_dir / "generation_config.json")
 
@@ -42,6 +45,10 @@ class ModelText:
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def spelling(self, prompt: tuple[int, ...] = ()) -> Spelling:
+        """For one answer that follows `prompt`."""
+        return _Alone(self._token_bytes) if self._token_bytes is not None else _InContext(self, prompt)
 
     def chat_template(self, model_dir: Path) -> str | None:
         """The model's own Jinja template, if it ships one; of several, the one called default."""
@@ -114,13 +121,86 @@ def overlap(text: str, stop: str) -> int:
     return 0
 
 
-class TextStream:
-    """One answer's tokens, as text.
+class Spelling(Protocol):
+    """Of one answer's tokens, as they come. What makes no whole character yet is held back."""
 
-    What a token looks like can depend on what is before it: SentencePiece drops the space at the beginning of a text.
-    So an answer is decoded as what follows `prompt`. The first `unmatched_tokens` tokens are not searched for stop
-    strings.
-    """
+    def spell(self, token_ids: tuple[int, ...]) -> str: ...
+
+    def rest(self) -> str:
+        """At the answer's end: half characters, as the tokenizer shows them."""
+        ...
+
+
+class TokenBytes(dict[int, bytes]):
+    """What each token of a byte-level tokenizer stands for, once it was asked for; special ones for nothing. As the
+    library has it: characters of the tokenizer's alphabet are a byte each, a token with any other is its own text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = {token_id for token_id, one in tokenizer.get_added_tokens_decoder().items() if one.special}
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = "" if token_id in self._special else self._tokenizer.id_to_token(token_id) or ""
+        try:
+            found = bytes(_BYTE_OF[character] for character in token)
+        except KeyError:
+            found = token.encode()
+        self[token_id] = found
+        return found
+
+
+#: Visible characters of Latin-1 are the bytes that they are there, the other bytes are the characters after those.
+_VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {
+    chr(0x100 + at): byte for at, byte in enumerate(sorted(set(range(0x100)) - set(_VISIBLE)))
+}
+
+
+class _Alone:
+    """A tenth of what the library's own stream takes, which spells every token together with those before it."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._held = b""
+
+    def spell(self, token_ids: tuple[int, ...]) -> str:
+        data = self._held + b"".join(map(self._token_bytes.__getitem__, token_ids))
+        text, used = utf_8_decode(data, "replace", False)
+        self._held = data[used:]
+        return text
+
+    def rest(self) -> str:
+        return self._held.decode(errors="replace")
+
+
+class _InContext:
+    """What a token looks like can depend on what is before it: SentencePiece drops the space at the beginning of a
+    text. So an answer is decoded as what follows its prompt."""
+
+    def __init__(self, text: ModelText, prompt: tuple[int, ...]) -> None:
+        before = list(prompt[-_CONTEXT_TOKENS:])
+        shown = text.decode(tuple(before))
+        if shown.endswith(_HALF):  # the prompt ends in the middle of a character: what follows begins anew
+            before, shown = [], ""
+        self._text = text
+        self._stream = DecodeStream(before, skip_special_tokens=True)
+        #: Every token decoded, and how many characters of their text were seen so far.
+        self._token_ids = before
+        self._characters = len(shown)
+
+    def spell(self, token_ids: tuple[int, ...]) -> str:
+        self._token_ids.extend(token_ids)
+        text = self._stream.step(self._text.tokenizer, list(token_ids)) or ""
+        self._characters += len(text)
+        return text
+
+    def rest(self) -> str:
+        return self._text.decode(tuple(self._token_ids))[self._characters :]
+
+
+class TextStream:
+    """One answer's tokens, as the text that follows `prompt`. The first `unmatched_tokens` tokens are not searched for
+    stop strings."""
 
     def __init__(
         self,
@@ -130,25 +210,17 @@ class TextStream:
         prompt: tuple[int, ...] = (),
         unmatched_tokens: int = 0,
     ) -> None:
-        before = list(prompt[-_CONTEXT_TOKENS:])
-        shown = text.decode(tuple(before))
-        if shown.endswith(_HALF):  # the prompt ends in the middle of a character: what follows begins anew
-            before, shown = [], ""
-        self._text = text
-        self._stream = DecodeStream(before, skip_special_tokens=True)
+        self._spelling = text.spelling(prompt)
         self._matcher = StopMatcher(stops) if stops else None
         self._unmatched_tokens = unmatched_tokens
-        #: Every token decoded, and how many characters of their text were seen so far.
-        self._token_ids = before
-        self._characters = len(shown)
 
     def feed(self, token_ids: tuple[int, ...]) -> Piece:
         """With stop strings, tokens are taken one at a time, to know which one completed a match."""
         if self._matcher is None:
-            return Piece(self._decode(token_ids))
+            return Piece(self._spelling.spell(token_ids))
         out = []
         for number, token_id in enumerate(token_ids, 1):
-            text = self._decode((token_id,))
+            text = self._spelling.spell((token_id,))
             if self._unmatched_tokens:
                 self._unmatched_tokens -= 1
                 out.append(text)
@@ -161,15 +233,8 @@ class TextStream:
 
     def finish(self) -> Piece:
         """What was held back: half characters, as the tokenizer shows them, and beginnings of stop strings."""
-        whole = self._text.decode(tuple(self._token_ids))
-        rest = whole[self._characters :]
+        rest = self._spelling.rest()
         if self._matcher is None:
             return Piece(rest)
         text, stop = self._matcher.feed(rest)
         return Piece(text, stop) if stop is not None else Piece(text + self._matcher.flush())
-
-    def _decode(self, token_ids: tuple[int, ...]) -> str:
-        self._token_ids.extend(token_ids)
-        text = self._stream.step(self._text.tokenizer, list(token_ids)) or ""
-        self._characters += len(text)
-        return text

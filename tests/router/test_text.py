@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
-from router.edge.text import ModelText, StopMatcher, TextStream
+from router.edge.text import ModelText, StopMatcher, TextStream, TokenBytes
 
 MODEL = Path(__file__).parents[2] / "models" / "tandem-nano"
 
@@ -163,3 +163,12 @@ def test_what_the_model_recommends_is_read_and_nothing_else(tmp_path: Path) -> N
     said = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "top_p": None, "eos_token_id": 3, "min_p": "high"}
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
     assert ModelText(tmp_path).recommended == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
+
+
+def test_added_tokens_of_any_letters_are_spelled_as_the_library_does() -> None:
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    tokenizer.add_tokens(["é", "a b", "\u0120", "漢字"])
+    tokenizer.add_special_tokens(["<|漢|>"])
+    spelled = TokenBytes(tokenizer)
+    for token_id in range(tokenizer.get_vocab_size() + 1):
+        assert spelled[token_id].decode(errors="replace") == tokenizer.decode([token_id])
