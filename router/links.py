@@ -42,13 +42,18 @@ _JOINING_MAX = 1_024
 class _Link:
     """What waits to be sent on one stream, and whether the stream is to go on."""
 
-    def __init__(self, first: wire.RouterMessage) -> None:
+    def __init__(self, first: wire.RouterMessage, call: Call | None) -> None:
+        """`call`: the stream, where it takes messages at once."""
         self._waiting = deque([first])
+        self._call = call
         self._filled = asyncio.Event()
         self._closed = asyncio.Event()
         self.closed_because = ""
 
     def put(self, message: wire.RouterMessage) -> None:
+        if self._call is not None and not self._waiting and self._call.write_now(message.SerializeToString()):
+            self._call.push()
+            return
         self._waiting.append(message)
         self._filled.set()
         if len(self._waiting) > _OUTBOX_MAX:
@@ -105,7 +110,7 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
             facts = await self._join(request_iterator, context)
         except TandemError as error:
             await abort(context, error)
-        link = self._open(facts)
+        link = self._open(facts, context if isinstance(context, Call) else None)
         _log.info("worker %s (%s) linked, pid %d", facts.worker_id, facts.role.value, facts.pid)
         why = "its stream broke"
         try:
@@ -154,10 +159,10 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
             raise Misfit(difference)
         return facts
 
-    def _open(self, facts: WorkerFacts) -> _Link:
+    def _open(self, facts: WorkerFacts, call: Call | None) -> _Link:
         if (old := self._links.get(facts.worker_id)) is not None:
             old.close("a newer stream names the same worker")
-        link = _Link(wire.welcome(self._router_id, self._load_report_interval_s))
+        link = _Link(wire.welcome(self._router_id, self._load_report_interval_s), call)
         self._links[facts.worker_id] = link
         self._shell.joined(facts)
         return link

@@ -239,6 +239,9 @@ def _channel_options(settings: LinkSettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", settings.message_bytes_max),
         # Each attempt connects anew; waiting between attempts is ours.
         ("grpc.use_local_subchannel_pool", 1),
+        # No probing of the bandwidth: it wakes the router once more for every order.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 1 << 20),
         # The interval is longer than what every gRPC server tolerates without being told. It is not the pings that
         # find a dead router: keepalive makes the kernel drop a connection whose bytes (a load report at least, every
         # second or so) stay unacknowledged for the timeout.

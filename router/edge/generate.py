@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 from uuid import uuid4
 
@@ -20,7 +21,7 @@ from router.core.rate import RateLeft
 from router.core.request import GenerationRequest, TokenLogprobs
 from router.core.worker import ModelFacts
 from router.edge.admit import SEED_MAX, Asked, Rules
-from router.edge.identity import NOBODY, Authenticator, Presented
+from router.edge.identity import NOBODY, Authenticator, Caller, Presented
 from router.edge.text import ModelText, TextStream
 from router.port import CorePort, ModelView, RequestStream
 
@@ -49,6 +50,8 @@ class Wanted:
     timeout_s: float | None = None
     #: What came with the call that can tell who makes it.
     presented: Presented = NOBODY
+    #: Who that is, where it was asked already.
+    caller: Caller | None = None
     #: Whether the tokenizer puts its special tokens around a text.
     special_tokens: bool = True
 
@@ -97,7 +100,7 @@ class Answer:
         A Part that comes while the caller waits for one goes to `say` first, in the very turn of the loop that brings
         it; where that returns False, the caller gets it."""
         if say is not None:
-            self._stream.at_once(lambda: self._say(say))
+            self._stream.at_once(partial(self._say, say))
         async for event in self._stream:
             if self._broken is not None:
                 raise self._broken
@@ -126,33 +129,33 @@ class Answer:
             self._broken = error
         return self._broken is None and not self._unsaid
 
-    def _parts(self, tokens: Tokens) -> Iterator[Part]:
+    def _parts(self, tokens: Tokens) -> list[Part]:
+        parts: list[Part] = []
         for token_ids, logprobs in _in_parts(tokens):
             if self._stop_match:
-                return  # on their way when the stop string was found
-            piece = self._text.feed(token_ids)
-            count = piece.tokens if piece.stop else len(token_ids)
-            self._completion_tokens += count
-            if piece.stop:
-                self._stop_match = piece.stop
-            yield Part(piece.text, token_ids[:count], logprobs[:count], self._completion_tokens)
-            if piece.stop:
+                break  # on their way when the stop string was found
+            text, stop, count = self._text.feed(token_ids)
+            if stop:
+                token_ids, logprobs = token_ids[:count], logprobs[:count]
+            self._completion_tokens += len(token_ids)
+            parts.append(Part(text, token_ids, logprobs, self._completion_tokens))
+            if stop:
+                self._stop_match = stop
                 self._stream.stop_matched(self._completion_tokens)
+        return parts
 
     def close(self) -> None:
         """The client leaves. Idempotent; cancels what has not ended."""
         self._stream.close()
 
 
-def _in_parts(event: Tokens) -> Iterator[tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]]:
+def _in_parts(event: Tokens) -> Sequence[Tokens]:
     """What piled up while the reader lagged leaves in pieces, so that little of it waits to be written at a time."""
     token_ids, logprobs = event
     size = _PART_TOKENS_MAX // (1 + len(logprobs[0].top)) or 1 if logprobs else _PART_TOKENS_MAX
     if len(token_ids) <= size:
-        yield token_ids, logprobs
-        return
-    for at in range(0, len(token_ids), size):
-        yield token_ids[at : at + size], logprobs[at : at + size]
+        return (event,)
+    return [Tokens(token_ids[at : at + size], logprobs[at : at + size]) for at in range(0, len(token_ids), size)]
 
 
 class Generator:
@@ -165,6 +168,9 @@ class Generator:
         self._rules = {name: Rules(limits, text) for name, text in texts.items()}
         self._limits = limits
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        #: For what is done here: of prompts that come together, each has a turn of the loop. Their orders leave and
+        #: others' tokens pass in between.
+        self._here = asyncio.Lock()
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -188,7 +194,7 @@ class Generator:
 
     async def accept(self, wanted: Wanted, arrival: float) -> Accepted:
         """Raises TandemError. `arrival` is what `now` said when the request came."""
-        caller = await self._authenticator.caller(wanted.presented)
+        caller = wanted.caller or await self._authenticator.caller(wanted.presented)
         name = self.model(wanted.model)
         rules, facts = self._rules[name], self.facts(name)
         rules.request_id(wanted.request_id)
@@ -239,7 +245,8 @@ class Generator:
     async def work(self, characters: int, do: Callable[[], T]) -> T:
         """Does it here, or on a thread if that many characters take long."""
         if characters <= _INLINE_CHARS_MAX:
-            return do()
+            async with self._here:
+                return do()
         return await asyncio.get_running_loop().run_in_executor(self._threads, do)
 
     def model(self, name: str) -> str:

@@ -140,7 +140,8 @@ class OpenAIEdge:
 
     async def _completions(self, exchange: Exchange) -> None:
         arrival = self._generator.now()
-        await self._authenticator.caller(_presented(exchange))  # before anything is done for whoever it is
+        who = _presented(exchange)
+        caller = await self._authenticator.caller(who)  # before anything is done for whoever it is
         body = parse(CompletionBody, await self._body(exchange))
         if body.echo and body.logprobs is not None:
             raise Invalid("echo", "is not supported together with logprobs: a prompt's are not computed")
@@ -154,7 +155,8 @@ class OpenAIEdge:
                 prompt_field=field,
                 asked=wishes,
                 timeout_s=_timeout_s(exchange),
-                presented=_presented(exchange),
+                presented=who,
+                caller=caller,
                 special_tokens=body.add_special_tokens,
             )
             for field, prompt in prompts(body.prompt)
@@ -173,7 +175,8 @@ class OpenAIEdge:
 
     async def _chat(self, exchange: Exchange) -> None:
         arrival = self._generator.now()
-        await self._authenticator.caller(_presented(exchange))  # before anything is done for whoever it is
+        who = _presented(exchange)
+        caller = await self._authenticator.caller(who)  # before anything is done for whoever it is
         body = parse(ChatBody, await self._body(exchange))
         if body.top_logprobs is not None and not body.logprobs:
             raise Invalid("top_logprobs", "needs logprobs to be true")
@@ -197,7 +200,8 @@ class OpenAIEdge:
                 structure=formed.structure if formed else None,
             ),
             timeout_s=_timeout_s(exchange),
-            presented=_presented(exchange),
+            presented=who,
+            caller=caller,
             special_tokens=special_tokens,
         )
         with _named(formed.field if formed else ""):

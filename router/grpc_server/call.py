@@ -318,6 +318,10 @@ class Call:
         connection.send(h2.message_frame(self._stream_id, data))
         return True
 
+    def push(self) -> None:
+        """What was written leaves now, before the other work of this turn of the loop."""
+        self._connection.push()
+
     async def _write_in_parts(self, data: bytes) -> None:
         if self._turn is None:
             self._turn = asyncio.Lock()

@@ -100,6 +100,8 @@ class Connections:
         self.open: set[Connection] = set()
         #: Those that have something to send, in this turn of the loop.
         self.unsent: list[Connection] = []
+        #: One hands on what it read, and flushes all when that is done.
+        self.reading = False
 
     def flush(self) -> None:
         unsent, self.unsent = self.unsent, []
@@ -204,6 +206,7 @@ class Connection(asyncio.Protocol):
         if self.closed:  # TLS may have more of one that is
             return
         self._heard = True
+        self._everyone.reading = True
         try:
             self._parse(self._rest + data if self._rest else data)
         except _Broken as broken:
@@ -213,15 +216,18 @@ class Connection(asyncio.Protocol):
             _log.exception("internal error")
             self._say_goodbye(h2.INTERNAL_ERROR, "internal error", self._last_stream)
             self.close()
-        self._everyone.after_read()
-        self._everyone.flush()
+        try:
+            self._everyone.after_read()
+        finally:
+            self._everyone.reading = False
+            self._everyone.flush()
 
     # For calls.
 
     def send(self, data: bytes) -> None:
         """All that is sent in one turn of the loop leaves in one write."""
         if not self._out:
-            if not self._everyone.unsent:
+            if not self._everyone.unsent and not self._everyone.reading:
                 self._loop.call_soon(self._everyone.flush)
             self._everyone.unsent.append(self)
         self._out.append(data)
@@ -320,6 +326,11 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     # Out.
+
+    def push(self) -> None:
+        """What was sent leaves now, where it would otherwise wait for the other work of this turn of the loop."""
+        if not self._everyone.reading:
+            self.flush()
 
     def flush(self) -> None:
         if self._out:
