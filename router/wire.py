@@ -140,7 +140,7 @@ def _step_output(output: worker_link_pb2.StepOutput) -> ev.StepOutput:
         output.leg_id,
         tuple(output.token_ids),
         _FINISH_REASONS.get(output.finish_reason),
-        tuple(map(_logprobs, output.logprobs)),
+        tuple(map(_logprobs, output.logprobs)) if output.logprobs else (),
         output.cached_tokens,
     )
 

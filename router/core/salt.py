@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import sha256
 from hmac import digest
 
@@ -15,5 +16,9 @@ def cache_salt(secret: bytes, tenant: Tenant) -> bytes:
     """
     assert secret
     group = tenant.sharing_group
-    whom = f"group\0{group}" if group else f"tenant\0{tenant.id}"
+    return _salt(secret, f"group\0{group}" if group else f"tenant\0{tenant.id}")
+
+
+@lru_cache(maxsize=4096)
+def _salt(secret: bytes, whom: str) -> bytes:
     return digest(secret, whom.encode(), sha256)
