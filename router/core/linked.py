@@ -50,6 +50,7 @@ class Worker:
     role: Role
     joined_at: float
     heard_at: float
+    worker_id: str = field(init=False)
     draining: bool = False
     #: Set while its loss is being handled: it is still in the books, and nothing can be sent to it.
     gone: bool = False
@@ -68,9 +69,8 @@ class Worker:
     #: When it was last chosen, counted in dispatches: of two workers as good, the one chosen longer ago serves.
     chosen: int = 0
 
-    @property
-    def worker_id(self) -> str:
-        return self.facts.worker_id
+    def __post_init__(self) -> None:
+        self.worker_id = self.facts.worker_id
 
     @property
     def kv_room(self) -> int:

@@ -320,9 +320,12 @@ def _whole_rank(what: Ask, worker: Worker) -> tuple[float, int, int, int]:
 
 def _holding(what: Ask, ranking: Callable[[Group], Ranking]) -> Iterator[Worker]:
     """Of the workers in these rankings, those that hold the prompt's beginning."""
-    for worker_id in what.holders:
-        if any(worker_id in ranking(group) for group in what.groups):
-            yield what.pool.workers[worker_id]
+    rankings = [ranked for group in what.groups if (ranked := ranking(group))]
+    for worker_id in what.holders if rankings else ():
+        for ranked in rankings:
+            if worker_id in ranked:
+                yield what.pool.workers[worker_id]
+                break
 
 
 # Giving way.

@@ -11,10 +11,12 @@ many chunks as its KV memory has room for, oldest use first out.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 #: Keys of a prompt's leading chunks, in order.
 Prefix = tuple[int, ...]
+
+_NOBODY: Mapping[str, None] = {}
 
 
 class PrefixIndex:
@@ -42,15 +44,15 @@ class PrefixIndex:
 
     def holders(self, prefix: Prefix) -> dict[str, int]:
         """Workers that hold the beginning of it, with how many tokens of it, at most `holders_max` of them."""
-        found: dict[str, int] = {}
-        alive: list[str] | None = None
-        for count, key in enumerate(prefix, start=1):
-            here = self._holders.get(key, ())
-            alive = [worker for worker in here if alive is None or worker in alive]
-            if not alive:
-                break
-            for worker in alive:
-                found[worker] = count * self.chunk_tokens
+        first = self._holders.get(prefix[0], _NOBODY) if prefix else _NOBODY
+        found, alive = dict.fromkeys(first, len(prefix) * self.chunk_tokens), set(first)
+        for count, key in enumerate(prefix):
+            here = self._holders.get(key, _NOBODY).keys()
+            if not alive <= here:  # most hold all of it, and this is asked for every chunk
+                found.update(dict.fromkeys(alive - here, count * self.chunk_tokens))
+                alive &= here
+                if not alive:
+                    break
         return found
 
     def learn(self, prefix: Prefix, worker_id: str, kv_tokens: int) -> None:
