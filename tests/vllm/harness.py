@@ -17,7 +17,9 @@ from engine.base import (
     EngineOptions,
     FinishReason,
     PrefillLeg,
+    PrefillResult,
     Sampling,
+    Staged,
     StepOutput,
     TokenLogprobs,
 )
@@ -147,6 +149,51 @@ async def collect(outputs: AsyncIterator[StepOutput]) -> Answer:
         answer.cached_tokens += output.cached_tokens
         answer.finish_reason = output.finish_reason
     return answer
+
+
+GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+def prefill_leg(pair: Pair, tokens: int, start: int) -> PrefillLeg:
+    return PrefillLeg(
+        leg_id=f"overlap-{pair.number()}",
+        tenant="t",
+        token_ids=prompt(tokens, start),
+        sampling=GREEDY,
+        cache_salt=pair.number(),
+        hand_off=True,
+        reader="decode",
+    )
+
+
+class Ahead:
+    """The prefill of a leg, and the fetch that begins when its first chunk is offered."""
+
+    def __init__(self, pair: Pair, leg: PrefillLeg) -> None:
+        self._pair = pair
+        self.handles: list[bytes] = []
+        self.offered = asyncio.Event()
+        self.fetch: asyncio.Task[Staged] | None = None
+        self.prefill: asyncio.Task[PrefillResult] = asyncio.create_task(pair.prefill.prefill(leg, self._offered))
+
+    def _offered(self, handle: bytes) -> None:
+        assert not self.prefill.done()
+        self.handles.append(handle)
+        self.fetch = asyncio.create_task(self._pair.decode.fetch(handle, 20.0, ahead=True))
+        self.offered.set()
+
+
+async def decoded(pair: Pair, leg: PrefillLeg, first: int, staged: Staged) -> list[int]:
+    order = DecodeLeg(
+        leg_id=leg.leg_id,
+        tenant="t",
+        token_ids=(*leg.token_ids, first),
+        prompt_tokens=len(leg.token_ids),
+        sampling=Sampling(max_tokens=11, temperature=0.0, ignore_eos=True),
+        cache_salt=leg.cache_salt,
+        staged=staged,
+    )
+    return [first, *(await collect(pair.decode.decode(order))).token_ids]
 
 
 def is_idle(load: EngineLoad) -> bool:

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from engine.base import DecodeLeg, FailureKind, LegError, PrefillLeg, PrefillResult, Sampling, Staged
+from engine.base import FailureKind, LegError, PrefillLeg
 from engine.vllm import VllmEngine
-from tests.vllm.harness import Pair, becomes_idle, collect, is_idle, options, prompt
+from tests.vllm.harness import GREEDY, Ahead, Pair, becomes_idle, decoded, is_idle, options, prefill_leg
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
-
-GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
 class LateEngine(VllmEngine):
@@ -35,48 +33,6 @@ async def engines(request: pytest.FixtureRequest, engines: Pair, model: Path) ->
         yield Pair(prefill, engines.decode, (info, engines.infos[1]))
     finally:
         await prefill.stop()
-
-
-def prefill_leg(pair: Pair, tokens: int, start: int) -> PrefillLeg:
-    return PrefillLeg(
-        leg_id=f"overlap-{pair.number()}",
-        tenant="t",
-        token_ids=prompt(tokens, start),
-        sampling=GREEDY,
-        cache_salt=pair.number(),
-        hand_off=True,
-        reader="decode",
-    )
-
-
-class Ahead:
-    """The prefill of a leg, and the fetch that begins when its first chunk is offered."""
-
-    def __init__(self, pair: Pair, leg: PrefillLeg) -> None:
-        self._pair = pair
-        self.handles: list[bytes] = []
-        self.offered = asyncio.Event()
-        self.fetch: asyncio.Task[Staged] | None = None
-        self.prefill: asyncio.Task[PrefillResult] = asyncio.create_task(pair.prefill.prefill(leg, self._offered))
-
-    def _offered(self, handle: bytes) -> None:
-        assert not self.prefill.done()
-        self.handles.append(handle)
-        self.fetch = asyncio.create_task(self._pair.decode.fetch(handle, 20.0, ahead=True))
-        self.offered.set()
-
-
-async def decoded(pair: Pair, leg: PrefillLeg, first: int, staged: Staged) -> list[int]:
-    order = DecodeLeg(
-        leg_id=leg.leg_id,
-        tenant="t",
-        token_ids=(*leg.token_ids, first),
-        prompt_tokens=len(leg.token_ids),
-        sampling=Sampling(max_tokens=11, temperature=0.0, ignore_eos=True),
-        cache_salt=leg.cache_salt,
-        staged=staged,
-    )
-    return [first, *(await collect(pair.decode.decode(order))).token_ids]
 
 
 @pytest.mark.parametrize("tokens", [513, 1000, 1024, 1025, 2000, 2047, 2500])
