@@ -52,9 +52,9 @@ class Pace:
         #: The last look, and when, about, the row grew for the last time.
         self._looked_at = 0.0
         self._grew_at: float | None = None
-        #: The fewest blocks by which it has grown, for one look may have found several chunks, and how long those took.
+        #: The fewest blocks by which it has grown: one look may have found several chunks.
         self._chunk_blocks = 0
-        self._chunk_s: float | None = None
+        self._block_s: float | None = None
         self._left = 0
         self._pause_s = _PAUSE_FIRST_S
 
@@ -70,24 +70,24 @@ class Pace:
             self._grew_at = now
             return
         self._chunk_blocks = min(self._chunk_blocks or blocks, blocks)
-        chunks = blocks / self._chunk_blocks
-        if self._chunk_s is None:
-            self._chunk_s, self._grew_at = (now - self._grew_at) / chunks, now
+        if self._block_s is None:
+            self._block_s, self._grew_at = (now - self._grew_at) / blocks, now
             return
         # Some time after the look before. It may have been as foretold, however late this one is.
-        grew_at = min(now, max(self._looked_at, self._grew_at + self._chunk_s * chunks))
-        self._chunk_s = min((grew_at - self._grew_at) / chunks, self._chunk_s * _SLOWER_MAX)
+        grew_at = min(now, max(self._looked_at, self._grew_at + self._block_s * blocks))
+        self._block_s = min((grew_at - self._grew_at) / blocks, self._block_s * _SLOWER_MAX)
         self._grew_at = grew_at
 
     def pause_s(self, now: float) -> float:
-        if self._chunk_s is None or self._grew_at is None:
+        if self._block_s is None or self._grew_at is None:
             self._pause_s = min(self._pause_s * _PAUSE_GROWS, _PAUSE_MAX_S / 4)
             return self._pause_s
+        chunk_s = self._block_s * self._chunk_blocks
         # The last chunk may be a small one.
-        due = self._grew_at + self._chunk_s * min(1.0, self._left / self._chunk_blocks)
-        early = due - self._chunk_s * _EARLY - now
+        due = self._grew_at + min(chunk_s, self._block_s * self._left)
+        early = due - chunk_s * _EARLY - now
         # The later it is, the less a moment more matters.
-        often = max(self._chunk_s * _OFTEN, (now - due) / 8)
+        often = max(chunk_s * _OFTEN, (now - due) / 8)
         return max(early, min(max(often, _PAUSE_MIN_S), _PAUSE_MAX_S))
 
 
