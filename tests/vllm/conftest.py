@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from engine.vllm import VllmEngine
-from tests.vllm.corruptible import CORRUPT_FLAG
+from tests.vllm.corruptible import CORRUPT_FLAG, HOLD_FLAG
 from tests.vllm.harness import MODEL, NEWLINE, Pair, becomes_idle, is_idle, options
 
 
@@ -42,21 +42,35 @@ def corrupt_flag(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return flag
 
 
+@pytest.fixture(scope="session")
+def hold_flag(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While this file exists, prefill engines take two steps and no more."""
+    flag = tmp_path_factory.mktemp("flags") / "hold"
+    os.environ[HOLD_FLAG] = str(flag)
+    return flag
+
+
+@contextmanager
+def _there(flag: Path) -> Iterator[None]:
+    flag.touch()
+    try:
+        yield
+    finally:
+        flag.unlink()
+
+
 @pytest.fixture
 def corrupted(corrupt_flag: Path) -> Callable[[], AbstractContextManager[None]]:
-    @contextmanager
-    def corrupted() -> Iterator[None]:
-        corrupt_flag.touch()
-        try:
-            yield
-        finally:
-            corrupt_flag.unlink()
+    return lambda: _there(corrupt_flag)
 
-    return corrupted
+
+@pytest.fixture
+def held(hold_flag: Path) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: _there(hold_flag)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def engines(model: Path, corrupt_flag: Path) -> AsyncIterator[Pair]:
+async def engines(model: Path, corrupt_flag: Path, hold_flag: Path) -> AsyncIterator[Pair]:
     prefill = FewLeasesEngine(options("prefill", model=str(model)))
     decode = CorruptibleEngine(options("decode", model=str(model)))
     try:

@@ -4,9 +4,13 @@
 names a file; while that exists, the first block of every load has its numbers' signs turned around between staging and
 the copy into vLLM's blocks. The numbers stay finite: vLLM leaves what it finds in a block behind the last token, and a
 NaN there would reach whoever gets the block next.
+
+`HoldableConnector` can be told to compute no further: while the file that `HOLD_FLAG` names exists, all steps but the
+first two wait.
 """
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from kv_transfer import vllm_connector
 from kv_transfer.vllm_connector import TandemConnector
 
 CORRUPT_FLAG = "TANDEM_TEST_CORRUPT_FLAG"
+HOLD_FLAG = "TANDEM_TEST_HOLD_FLAG"
 _SIGNS_OF_TWO_FLOATS = 0x8000000080000000 - (1 << 64)
 
 
@@ -25,5 +30,16 @@ class CorruptibleConnector(TandemConnector):
         super().start_load_kv(forward_context, **kwargs)
 
 
-class FewLeasesConnector(TandemConnector):
+class HoldableConnector(TandemConnector):
+    _steps_held = 0
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        flag = Path(os.environ[HOLD_FLAG])
+        self._steps_held = self._steps_held + 1 if flag.exists() else 0
+        while self._steps_held > 2 and flag.exists():
+            time.sleep(0.005)
+        super().start_load_kv(forward_context, **kwargs)
+
+
+class FewLeasesConnector(HoldableConnector):
     lease_rows = 24

@@ -114,7 +114,7 @@ class Pair:
             return Answer([first.token_id], first.finish_reason)
         assert first.handle is not None
         try:
-            staged = await self.decode.fetch(first.handle, 20.0)
+            staged = await self.decode.fetch(first.handle, 60.0)
         except BaseException:
             await asyncio.shield(self.prefill.release(first.handle))
             raise
@@ -179,7 +179,7 @@ class Ahead:
     def _offered(self, handle: bytes) -> None:
         assert not self.prefill.done()
         self.handles.append(handle)
-        self.fetch = asyncio.create_task(self._pair.decode.fetch(handle, 20.0, ahead=True))
+        self.fetch = asyncio.create_task(self._pair.decode.fetch(handle, 60.0, ahead=True))
         self.offered.set()
 
 
@@ -203,8 +203,8 @@ def is_idle(load: EngineLoad) -> bool:
     )
 
 
-async def becomes_idle(engine: VllmEngine, within_s: float = 5.0) -> EngineLoad:
-    """The engine's load once nothing is held any more, or as it is after `within_s`."""
+async def becomes_idle(engine: VllmEngine, within_s: float = 20.0) -> EngineLoad:
+    """The engine's load once nothing is held any more, or as it is after `within_s`: less than a lease lives."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(within_s):
             while not is_idle(await engine.load()):  # noqa: ASYNC110

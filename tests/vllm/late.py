@@ -16,10 +16,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from kv_transfer.vllm_connector import TandemConnector
+from tests.vllm.corruptible import HoldableConnector
 
 
-class LateConnector(TandemConnector):
+class LateConnector(HoldableConnector):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         if role is KVConnectorRole.WORKER:

@@ -90,16 +90,21 @@ async def test_a_decode_that_is_closed_frees_its_blocks(pair: Pair) -> None:
     assert is_idle(load), load
 
 
-@pytest.mark.timeout(180)
 async def test_a_storm_of_cancels(pair: Pair) -> None:
+    """Every fourth is let be; the others are cancelled some time before so much could be done at once."""
     rng = random.Random(20)
     sampling = Sampling(max_tokens=60, temperature=0.0, ignore_eos=True)
     ends = Counter[str]()
+    alone_s = 0.0
+    for _ in range(2):  # the first one may be slow
+        began = time.monotonic()
+        await pair.split(prompt(1200), sampling)
+        alone_s = time.monotonic() - began
 
     async def one(number: int) -> str:
         text, salt = prompt(rng.choice((20, 100, 500, 1200)), 97 * number), pair.number()
         try:
-            async with asyncio.timeout(rng.random() ** 2 * 1.5):
+            async with asyncio.timeout(None if number % 4 == 0 else rng.random() ** 2 * 4 * alone_s):
                 await pair.split(text, sampling, cache_salt=salt)
         except TimeoutError:
             return "cancelled"

@@ -86,7 +86,6 @@ def differences(answers: dict[Case, Answer], references: dict[Case, Answer]) -> 
     ]
 
 
-@pytest.mark.timeout(300)
 async def test_one_in_flight(pair: Pair, references: dict[Case, Answer]) -> None:
     assert len(CASES) >= 100
     alone = await one_by_one(pair, references)
@@ -96,7 +95,6 @@ async def test_one_in_flight(pair: Pair, references: dict[Case, Answer]) -> None
     assert len(handed_over) >= 100
 
 
-@pytest.mark.timeout(300)
 async def test_eight_in_flight(pair: Pair, references: dict[Case, Answer]) -> None:
     """Also more than the engines' memory holds at once: prefills wait for leases to end, decodes are preempted."""
     alone = await one_by_one(pair, references)

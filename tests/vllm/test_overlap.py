@@ -3,7 +3,8 @@
 All of it with vLLM's two schedulers: one that waits for every step, and one that is a step ahead."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest_asyncio
 
 from engine.base import FailureKind, LegError, PrefillLeg
 from engine.vllm import VllmEngine
+from tests.loop import settle
 from tests.vllm.harness import GREEDY, Ahead, Pair, becomes_idle, decoded, is_idle, options, prefill_leg
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
@@ -60,7 +62,7 @@ async def test_many_at_once(pair: Pair) -> None:
             staged = await ahead.fetch if ahead.fetch and ahead.handles == [result.handle] else None
         except LegError:  # no room ahead of time, or the stream was withdrawn
             staged = None
-        staged = staged or await pair.decode.fetch(result.handle, 20.0)
+        staged = staged or await pair.decode.fetch(result.handle, 60.0)
         return await decoded(pair, leg, result.token_id, staged)
 
     assert await asyncio.gather(*(split(leg) for leg in legs)) == alone
@@ -75,23 +77,27 @@ async def test_a_prompt_of_one_chunk_is_not_offered_before_it_is_done(pair: Pair
 
 
 @pytest.mark.parametrize("give_up", ["prefill", "fetch"])
-async def test_given_up_between_two_chunks(pair: Pair, give_up: str) -> None:
-    ahead = Ahead(pair, prefill_leg(pair, 2500, 4321))
-    await ahead.offered.wait()
-    assert ahead.fetch is not None
+async def test_given_up_between_two_chunks(
+    pair: Pair, give_up: str, held: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with held():
+        ahead = Ahead(pair, prefill_leg(pair, 2500, 4321))
+        await ahead.offered.wait()
+        assert ahead.fetch is not None
+        await settle()
+        (ahead.prefill if give_up == "prefill" else ahead.fetch).cancel()
+        await settle()
     if give_up == "prefill":
-        ahead.prefill.cancel()
         with pytest.raises(LegError) as stale:
             await ahead.fetch
         assert stale.value.kind is FailureKind.TRANSFER
         await asyncio.gather(ahead.prefill, return_exceptions=True)
         assert ahead.prefill.cancelled()
     else:
-        ahead.fetch.cancel()
         await asyncio.gather(ahead.fetch, return_exceptions=True)
         result = await ahead.prefill
         assert result.handle is not None
-        staged = await pair.decode.fetch(result.handle, 20.0)  # as good as if nobody had begun
+        staged = await pair.decode.fetch(result.handle, 60.0)  # as good as if nobody had begun
         await pair.decode.discard(staged)
     for engine in (pair.prefill, pair.decode):
         load = await becomes_idle(engine)
