@@ -23,15 +23,10 @@ LIBRARIES = {"openai_sdk.py": "openai"}
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Cluster]]:
-    arguments = (*PACE["sim"], "--http-port", "0")
-    with (
-        cluster(tmp_path_factory.mktemp("one"), "sim", *arguments) as one,
-        cluster(tmp_path_factory.mktemp("two"), "sim", *arguments) as two,
-    ):
-        one.wait_ready()
-        two.wait_ready()
-        yield one, two
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("serving"), "sim", *PACE["sim"], "--http-port", "0") as running:
+        running.wait_ready()
+        yield running
 
 
 def run(example: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,11 +48,11 @@ def base_url(serving: Cluster) -> str:
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_works(two: tuple[Cluster, Cluster], example: str) -> None:
+def test_an_example_works(serving: Cluster, example: str) -> None:
     if example in LIBRARIES:
         pytest.importorskip(LIBRARIES[example])
     over_http = example in ("openai_sdk.py", "http.sh")
-    done = run(example, base_url(two[0]) if over_http else two[0].address)
+    done = run(example, base_url(serving) if over_http else serving.address)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "failed: " not in done.stdout
@@ -68,8 +63,8 @@ def finished(cluster: Cluster) -> int:
         return client.status().outcomes.get("finished", 0)
 
 
-def test_stock_grpc_spreads_calls_over_routers_and_survives_the_loss_of_one(two: tuple[Cluster, Cluster]) -> None:
-    one, other = two
+def test_stock_grpc_spreads_calls_over_routers_and_survives_the_loss_of_one(serving: Cluster, fresh: Cluster) -> None:
+    one, other = fresh, serving
     addresses = (one.address, other.address)
     before = finished(one), finished(other)
     for _ in range(6):
