@@ -40,6 +40,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
     #: The longest pause before a request.
     think_s: float = 0.0
+    #: The first of each in flight begin over so long.
+    ramp_s: float = 0.0
     #: What the end of every whole answer contains.
     proof: bytes = b""
     #: Of a whole answer.
@@ -321,6 +323,7 @@ async def run(job: Job) -> Result:
     began = time.perf_counter()
 
     async def client_loop(slot: Slot) -> None:
+        await asyncio.sleep(rng.uniform(0, job.ramp_s))
         while True:
             if job.think_s:
                 await asyncio.sleep(rng.uniform(0, job.think_s))

@@ -6,6 +6,9 @@ told the same. CPU is what the serving process used, user and system, while the 
 ones too. What the engine takes by itself is measured without any router, under the same closed loop, and subtracted
 from what clients see: that is the time added by router, link and worker process.
 
+Paced, the requests of a closed loop begin over the time that an answer takes, so that as many run in every part of it.
+What it is like when all begin within one step is measured apart ("at once").
+
     make bench-router
     make bench-router ARGS=--quick
 """
@@ -44,6 +47,7 @@ from worker.config import Role
 PROMPT_TOKENS, ANSWER_TOKENS = 512, 64
 STEP_MS = {"unpaced": 0.0, "paced": 25.0}
 LEVELS = (1, 16, 64, 256)
+AT_ONCE = 64
 RUNNING_MAX = 512
 START_TIMEOUT_S = 60.0
 NAME = "bench"
@@ -65,6 +69,7 @@ class Cell:
     target: str
     pacing: str
     in_flight: int
+    at_once: bool
     result: Result
     cpu_s: float
 
@@ -172,16 +177,19 @@ class Plan:
     duration_s: Mapping[str, float]
     split: bool
 
+    def loads(self, pacing: str) -> list[tuple[int, bool]]:
+        """How many in flight, and whether all begin at once."""
+        at_once = [(AT_ONCE, True)] if pacing == "paced" and AT_ONCE in self.levels else []
+        return [*((level, False) for level in self.levels), *at_once]
+
     def measure(self, load: LoadGenerator, target: Target, pacing: str) -> list[Cell]:
-        think_s = STEP_MS[pacing] / 1e3
-        warm = replace_job(target.job, in_flight=16, duration_s=0.3, think_s=think_s)
-        load.run(warm)
+        load.run(loaded(target.job, pacing, 16, at_once=True, duration_s=0.3))
         cells = []
-        for in_flight in self.levels:
-            job = replace_job(target.job, in_flight=in_flight, duration_s=self.duration_s[pacing], think_s=think_s)
+        for in_flight, at_once in self.loads(pacing):
+            job = loaded(target.job, pacing, in_flight, at_once=at_once, duration_s=self.duration_s[pacing])
             before = cpu_s(target.pid)
             result = load.run(job)
-            cell = Cell(target.name, pacing, in_flight, result, cpu_s(target.pid) - before)
+            cell = Cell(target.name, pacing, in_flight, at_once, result, cpu_s(target.pid) - before)
             cells.append(cell)
             print(
                 f"{pacing} {target.name} at {in_flight}: {result.requests} requests, {cell.cpu_s:.2f} s of CPU",
@@ -192,8 +200,14 @@ class Plan:
         return cells
 
 
-def replace_job(job: Job, *, in_flight: int, duration_s: float, think_s: float) -> Job:
-    return msgspec.structs.replace(job, in_flight=in_flight, duration_s=duration_s, think_s=think_s)
+def loaded(job: Job, pacing: str, in_flight: int, *, at_once: bool, duration_s: float) -> Job:
+    return msgspec.structs.replace(
+        job, in_flight=in_flight, duration_s=duration_s, think_s=STEP_MS[pacing] / 1e3, ramp_s=ramp_s(pacing, at_once)
+    )
+
+
+def ramp_s(pacing: str, at_once: bool) -> float:
+    return 0.0 if at_once else ANSWER_TOKENS * STEP_MS[pacing] / 1e3
 
 
 def options(pacing: str) -> EngineOptions:
@@ -254,7 +268,7 @@ def dynamo_cells(
         return plan.measure(load, Target(DYNAMO, found.pids["frontend"], openai_job(found.http_port, texts)), pacing)
 
 
-async def engine_alone(pacing: str, in_flight: int, duration_s: float) -> Result:
+async def engine_alone(pacing: str, in_flight: int, *, at_once: bool, duration_s: float) -> Result:
     """The engine by itself, under the load generator's closed loop: one leg at a time for each in flight."""
     engine = SimEngine(options(pacing))
     await engine.start()
@@ -263,6 +277,7 @@ async def engine_alone(pacing: str, in_flight: int, duration_s: float) -> Result
 
     async def client_loop(number: int, turns: int = sys.maxsize) -> None:
         turn = 0
+        await asyncio.sleep(rng.uniform(0, ramp_s(pacing, at_once)))
         while turn < turns and time.perf_counter() - began < duration_s:
             await asyncio.sleep(rng.uniform(0, think_s))
             leg = DecodeLeg(
@@ -297,12 +312,12 @@ def _ms(values: Sequence[float], share: float, own: Sequence[float] = ()) -> flo
     return None if found is None else (found - (less or 0.0)) * 1e3
 
 
-def as_row(cell: Cell, own: Mapping[tuple[str, int], Result]) -> Row:
-    result, alone = cell.result, own[cell.pacing, cell.in_flight]
+def as_row(cell: Cell, own: Mapping[tuple[str, int, bool], Result]) -> Row:
+    result, alone = cell.result, own[cell.pacing, cell.in_flight, cell.at_once]
     requests = result.requests or None
     return {
         "what": cell.target,
-        "engine": cell.pacing,
+        "engine": f"{cell.pacing}, at once" if cell.at_once else cell.pacing,
         "in_flight": cell.in_flight,
         "requests": result.requests,
         "errors": len(result.errors),
@@ -370,8 +385,10 @@ def main() -> None:
         except NotInstalled as error:
             print(error)
     for pacing in arguments.engines:
-        for level in plan.levels:
-            own[pacing, level] = uvloop.run(engine_alone(pacing, level, plan.duration_s[pacing] / 2))
+        for level, at_once in plan.loads(pacing):
+            duration_s = plan.duration_s[pacing] / 2
+            alone = engine_alone(pacing, level, at_once=at_once, duration_s=duration_s)
+            own[pacing, level, at_once] = uvloop.run(alone)
         with LoadGenerator() as load:
             cells += tandem_cells(plan, load, pacing, texts, logs)
             if python is not None:
