@@ -27,7 +27,7 @@ TEXT = ModelText(MODEL_DIR)
 SAID = "def größe(x):\n    return '😀' + x  # 漢字\n"
 ANSWER = TEXT.encode(SAID, special_tokens=False)
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-BODY_BYTES_MAX = 2_000_000
+BODY_BYTES_MAX = 1_000_000
 
 
 @pytest_asyncio.fixture
@@ -769,6 +769,17 @@ class TestBadInput:
         assert response.status == 413
         assert str(BODY_BYTES_MAX) in response.error["message"]
         assert response.headers["connection"] == "close"
+
+    @pytest.mark.asyncio(loop_scope="class")
+    async def test_a_body_past_what_fits_the_models_context_is_refused_with_the_reason(self) -> None:
+        async with running(http_port=0) as router:
+            await router.worker("b", answer=ANSWER)
+            said = json.dumps(completion()).encode()
+            response = await post(router, COMPLETIONS, said + b" " * (1 << 20))
+            assert response.status == 200
+            response = await post(router, COMPLETIONS, said + b" " * (2 << 20))
+            assert response.status == 413
+            assert "context" in response.error["message"]
 
     @pytest.mark.asyncio(loop_scope="class")
     async def test_a_body_that_never_ends_is_refused_while_it_comes(self, serving: Router) -> None:
