@@ -62,9 +62,6 @@ class BlockPool:
     def owner(self, block: int) -> BlockOwner | None:
         return self._owners[block]
 
-    def is_held(self, block: int) -> bool:
-        return self._references[block] > 0
-
     def match(self, digests: Sequence[bytes]) -> list[int]:
         """Cached blocks of the longest known prefix. They are not held yet."""
         found = []

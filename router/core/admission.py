@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import inf
 
-from router.core.budget import GRANT_TOKENS, Balance, Budgets, Record, Terms
+from router.core.budget import GRANT_TOKENS, Budgets, Record, Terms
 from router.core.errors import Invalid, NotFound, OutOfRange, TandemError
 from router.core.quota import OverQuota, QuotaFacts
 from router.core.rate import Bucket, RateLeft
@@ -64,16 +64,6 @@ class Admitted:
     @property
     def money_micros_max(self) -> int:
         return _dearest(self.plan, self.prompt_tokens, self.output_tokens)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limit:
-    """One limit and its use, for status pages."""
-
-    name: str
-    unit: str
-    value: float
-    in_use: float
 
 
 @dataclass(slots=True, eq=False)
@@ -198,27 +188,6 @@ class Admission:
             if rate is not None and bucket is not None
         )
 
-    def limits(self, now: float, tenant: Tenant) -> tuple[Limit, ...]:
-        """What the tenant is limited in, and how much of it is in use."""
-        account = self._account(now, tenant)
-        found = [
-            Limit(name=name, unit=unit, value=value, in_use=value - max(0.0, bucket.level(now)) * value / bucket.burst)
-            for name, unit, value, bucket in (
-                ("requests_per_minute", "requests", tenant.requests_per_minute, account.requests),
-                ("tokens_per_minute", "tokens", tenant.tokens_per_minute, account.tokens),
-            )
-            if value is not None and bucket is not None
-        ]
-        for name, unit, limit, in_use in (
-            ("queue_requests_max", "requests", tenant.queue_requests_max, account.waiting),
-            ("queue_tokens_max", "tokens", tenant.queue_tokens_max, account.waiting_tokens),
-        ):
-            if limit is not None:
-                found.append(Limit(name=name, unit=unit, value=limit, in_use=in_use))
-        for balance in self.budgets.balances(now, tenant):
-            found += _budget_limits(balance)
-        return tuple(found)
-
     def check_integrity(self, open_requests: Iterable[Admitted]) -> None:
         waiting: dict[str, list[int]] = {}
         for admitted in open_requests:
@@ -299,13 +268,3 @@ def _bucket(now: float, bucket: Bucket | None, per_minute: float | None, burst_s
         return Bucket(rate, burst)
     bucket.retune(now, rate, burst)
     return bucket
-
-
-def _budget_limits(balance: Balance) -> Iterator[Limit]:
-    name = f"budgets.{balance.budget.period.value}"
-    for unit, limit, in_use in (
-        ("tokens", balance.budget.tokens, balance.tokens),
-        ("money_micros", balance.budget.money_micros, balance.money_micros),
-    ):
-        if limit is not None:
-            yield Limit(name=f"{name}.{unit}", unit=unit, value=limit, in_use=in_use)

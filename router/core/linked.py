@@ -48,7 +48,6 @@ class Worker:
 
     facts: WorkerFacts
     role: Role
-    joined_at: float
     heard_at: float
     worker_id: str = field(init=False)
     draining: bool = False

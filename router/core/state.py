@@ -193,7 +193,7 @@ class State:
 
     def add_worker(self, now: float, facts: WorkerFacts) -> Worker:
         assert facts.worker_id not in self.workers
-        worker = Worker(facts, facts.role, joined_at=now, heard_at=now)
+        worker = Worker(facts, facts.role, heard_at=now)
         self.workers[facts.worker_id] = worker
         self.pool(now, facts.model.name).workers[facts.worker_id] = worker
         self.touch(worker)

@@ -121,10 +121,6 @@ class Tenant:
     #: SPIFFE ids and DNS names in client certificates that make a caller this tenant.
     certificates: frozenset[str] = frozenset()
 
-    @property
-    def highest_lane(self) -> Lane:
-        return next(lane for lane in LANES if lane in self.lanes)
-
     def lane_for(self, asked: Lane | None) -> Lane:
         """What is asked for, or the next lower lane it may use: asking never raises. See `default_lane` for None."""
         if asked is None:

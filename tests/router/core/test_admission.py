@@ -105,9 +105,10 @@ def test_a_refused_request_leaves_no_trace() -> None:
     tenant = Tenant(id="t", requests_per_minute=10, tokens_per_minute=1000, queue_tokens_max=100)
     admission = owner(replace(tenant, budgets=(Budget(period=Period.DAY, tokens=1000),)))
     admit(admission, prompt=90, output=100)
-    before = admission.limits(0.0, admission.book.tenants["t"])
+    tenant = admission.book.tenants["t"]
+    before = admission.rates(0.0, "t"), admission.budgets.balances(0.0, tenant)
     refused(admission, prompt=20)
-    assert admission.limits(0.0, admission.book.tenants["t"]) == before
+    assert (admission.rates(0.0, "t"), admission.budgets.balances(0.0, tenant)) == before
 
 
 def test_of_several_limits_the_one_that_refuses_longest_is_told() -> None:
