@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import textwrap
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.environments import environment
+from tests.clients.environments import environment, node_environment
 from tests.cluster.harness import PACE, Cluster, clean_environment, cluster
 
 HERE = Path(__file__).parent
@@ -52,6 +53,29 @@ def program(text: str, *arguments: str, needs: tuple[str, ...], timeout_s: float
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def node_program(text: str, *arguments: str, needs: tuple[str, ...], timeout_s: float = 60) -> str:
+    """The same for a program in JavaScript."""
+    if shutil.which("npm") is None:
+        pytest.skip("there is no node here")
+    done = subprocess.run(
+        ["node", "--input-type=module", "-", *arguments],
+        input=textwrap.dedent(text),
+        env=clean_environment(),
+        cwd=node_environment(*needs),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def http_address(serving: Cluster) -> str:
+    found = re.search(r"^OpenAI's API on (http://\S+)/v1$", serving.output, re.MULTILINE)
+    assert found, serving.output
+    return found[1]
 
 
 def is_idle(serving: Cluster) -> bool:

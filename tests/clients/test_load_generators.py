@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import re
+import platform
 import subprocess
 from pathlib import Path
 
-from tests.clients.conftest import is_idle
+import pytest
+
+from tests.clients.conftest import http_address, is_idle
 from tests.clients.environments import environment
 from tests.cluster.harness import ROOT, Cluster, clean_environment
 
@@ -21,12 +23,6 @@ def run(command: list[str], folder: Path, **environ: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def http_address(serving: Cluster) -> str:
-    found = re.search(r"^OpenAI's API on (http://\S+)/v1$", serving.output, re.MULTILINE)
-    assert found, serving.output
-    return found[1]
 
 
 def test_aiperf_over_openais_protocol(serving: Cluster, tmp_path: Path) -> None:
@@ -56,4 +52,34 @@ def test_locust_over_the_native_protocol(serving: Cluster, tmp_path: Path) -> No
     assert int(rows["answer"]["Failure Count"]) == 0
     assert float(rows["answer"]["Average Content Size"]) == 64
     assert int(rows["first token"]["Request Count"]) >= int(rows["answer"]["Request Count"])
+    assert is_idle(serving)
+
+
+def test_locust_over_kserves_protocol(serving: Cluster, tmp_path: Path) -> None:
+    tool = environment("locust", "tritonclient[grpc]") / "locust"
+    program = ["-f", str(ROOT / "examples" / "locustfile_kserve.py"), "--headless", "-u", "4", "-r", "4", "-t", "4s"]
+    run([str(tool), *program, "--host", serving.address, "--csv", "told"], tmp_path)
+    with (tmp_path / "told_stats.csv").open() as file:
+        rows = {row["Name"]: row for row in csv.DictReader(file)}
+    assert int(rows["answer"]["Request Count"]) > 4
+    assert int(rows["answer"]["Failure Count"]) == 0
+    assert int(rows["first token"]["Request Count"]) >= int(rows["answer"]["Request Count"])
+    assert int(rows["between tokens"]["Request Count"]) > 4
+    assert is_idle(serving)
+
+
+@pytest.mark.skipif(
+    tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 38),
+    reason="perf_analyzer is built for glibc 2.38 and newer",
+)
+def test_perf_analyzer_over_kserves_protocol(serving: Cluster, tmp_path: Path) -> None:
+    tool = environment("perf-analyzer") / "perf_analyzer"
+    data = tmp_path / "input.json"
+    data.write_text(json.dumps({"data": [{"text_input": ["def f(n):"], "stream": [True], "max_tokens": [16]}]}))
+    what = ["-m", "tandem-nano", "-i", "grpc", "-u", serving.address, "--async", "--streaming"]
+    load = ["--input-data", str(data), "--concurrency-range", "4", "--request-count", "40"]
+    said = run([str(tool), *what, *load, "--profile-export-file", "told.json"], tmp_path)
+    assert "Successful request count: 40" in said
+    (experiment,) = json.loads((tmp_path / "told.json").read_text())["experiments"]
+    assert len(experiment["requests"]) >= 40
     assert is_idle(serving)
