@@ -67,8 +67,9 @@ log = logging.getLogger(__name__)
 
 _CLOSE_GRACE_S = 5.0
 _LOOK_AT_UNQUIET_S = 0.25
-#: Between the end of a fetch and its release.
-_GIVE_WAY_S = 0.001
+#: Between the end of a fetch and its release. Whoever waits for the bytes goes first: an engine in this process needs
+#: the interpreter for its first step with them, which takes some milliseconds.
+_GIVE_WAY_S = 0.01
 
 _EVENTS = {Outcome.STALE: TransferEvent.WORD_GONE, Outcome.CORRUPT: TransferEvent.CORRUPT}
 
@@ -671,11 +672,10 @@ class KvNode:
             self._releases_in_flight += room
             self._releases_lost += not room
         if room:
-            self._courier.submit(self._release_there, handle, raw, peer)
+            self._courier.submit(self._release_there, handle, raw, peer, time.monotonic() + _GIVE_WAY_S)
 
-    def _release_there(self, handle: Handle, raw: bytes, peer: Peer | None) -> None:
-        # There is one interpreter, and whoever waits for the fetch goes first.
-        time.sleep(_GIVE_WAY_S)
+    def _release_there(self, handle: Handle, raw: bytes, peer: Peer | None, due: float) -> None:
+        time.sleep(max(0.0, due - time.monotonic()))
         if peer is not None:
             peer.client.release(raw, self.limits.release_timeout_s, self._owner_told)
             return
