@@ -192,6 +192,7 @@ class GrpcConnection(asyncio.Protocol):
         message = b"\0" + len(body).to_bytes(4) + body
         assert len(message) <= 16_384, "longer than one frame"
         self._unsent.append((_frame(_HEADERS, _END_HEADERS, stream, self._headers), message, stream))
+        self._headers = _SAME_HEADERS
         self._flush()
         return answer
 
@@ -281,7 +282,7 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 def _headers(job: Job) -> bytes:
-    """HPACK without a table: `:method POST` and `:scheme http` have numbers, the others are literal."""
+    """HPACK: `:method POST` and `:scheme http` have numbers, the others are put into the table."""
 
     def text(value: str) -> bytes:
         assert len(value) < 127
@@ -290,12 +291,16 @@ def _headers(job: Job) -> bytes:
     return b"".join(
         (
             b"\x83\x86",
-            b"\x04" + text(job.path),
-            b"\x01" + text(f"{job.host}:{job.port}"),
-            b"\x00" + text("content-type") + text("application/grpc"),
-            b"\x00" + text("te") + text("trailers"),
+            b"\x44" + text(job.path),
+            b"\x41" + text(f"{job.host}:{job.port}"),
+            b"\x40" + text("content-type") + text("application/grpc"),
+            b"\x40" + text("te") + text("trailers"),
         )
     )
+
+
+#: The same, from the second time on: what the table has.
+_SAME_HEADERS = b"\x83\x86\xc1\xc0\xbf\xbe"
 
 
 async def connect(job: Job, count: Callable[[int], None]) -> list[Slot]:
