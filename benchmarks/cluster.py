@@ -65,11 +65,12 @@ def cluster(
         running["router"] = _start("router", router_config.to_json(config), logs / f"{name}-router.log")
         ports = _ports(running["router"])
         address = f"127.0.0.1:{ports['port']}"
+        workers_address = f"127.0.0.1:{ports['worker_port'] or ports['port']}"
         for number, role in enumerate(roles):
             worker_id = f"{name}-{role.value}-{number}"
             told = WorkerConfig(
                 role=role,
-                routers=(address,),
+                routers=(workers_address,),
                 engine=engine,
                 engine_options=replace(options, name=worker_id),
                 prefill=prefill or PrefillLimits(),

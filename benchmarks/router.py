@@ -11,6 +11,7 @@ What it is like when all begin within one step is measured apart ("at once").
 
     make bench-router
     make bench-router ARGS=--quick
+    make bench-router ARGS="--edges 1 2 3 --engines unpaced --levels 64 256 --no-dynamo"
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ DYNAMO = "dynamo OpenAI"
 @dataclass(frozen=True, slots=True)
 class Target:
     name: str
-    pid: int
+    #: Of all processes that serve.
+    pids: Sequence[int]
     #: Without load and duration.
     job: Job
 
@@ -165,9 +167,14 @@ def kserve_job(address: str, texts: Sequence[str]) -> Job:
     )
 
 
-def cpu_s(pid: int) -> float:
-    """User and system time of all of a process's threads, to the nanosecond."""
-    return time.clock_gettime((~pid << 3) | 2)  # what clock_getcpuclockid(3) makes of a process's id
+def cpu_s(pids: Sequence[int]) -> float:
+    """User and system time of all of some processes' threads, to the nanosecond."""
+    return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)  # what clock_getcpuclockid(3) makes of an id
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +194,9 @@ class Plan:
         cells = []
         for in_flight, at_once in self.loads(pacing):
             job = loaded(target.job, pacing, in_flight, at_once=at_once, duration_s=self.duration_s[pacing])
-            before = cpu_s(target.pid)
+            before = cpu_s(target.pids)
             result = load.run(job)
-            cell = Cell(target.name, pacing, in_flight, at_once, result, cpu_s(target.pid) - before)
+            cell = Cell(target.name, pacing, in_flight, at_once, result, cpu_s(target.pids) - before)
             cells.append(cell)
             print(
                 f"{pacing} {target.name} at {in_flight}: {result.requests} requests, {cell.cpu_s:.2f} s of CPU",
@@ -229,7 +236,9 @@ def options(pacing: str) -> EngineOptions:
     )
 
 
-def tandem_cells(plan: Plan, load: LoadGenerator, pacing: str, texts: Sequence[str], logs: Path) -> list[Cell]:
+def tandem_cells(
+    plan: Plan, load: LoadGenerator, pacing: str, edges: int, texts: Sequence[str], logs: Path
+) -> list[Cell]:
     roles = (Role.PREFILL, Role.DECODE) if plan.split else (Role.BOTH,)
     config = RouterConfig(
         model_dir=str(MODEL),
@@ -237,6 +246,8 @@ def tandem_cells(plan: Plan, load: LoadGenerator, pacing: str, texts: Sequence[s
         port=0,
         http_port=0,
         log_level="WARNING",
+        edges=edges,
+        worker_listen="127.0.0.1:0" if edges > 1 else "",
         limits=CoreLimits(local_prefill_tokens_max=PROMPT_TOKENS * RUNNING_MAX),
     )
     with cluster(
@@ -251,11 +262,12 @@ def tandem_cells(plan: Plan, load: LoadGenerator, pacing: str, texts: Sequence[s
     ) as found:
         wait_ready(found, len(roles), START_TIMEOUT_S)
         assert found.http_port is not None
-        pid = found.pids["router"]
+        pids = [found.pids["router"], *children(found.pids["router"])]
+        more = f", {edges} edges" if edges > 1 else ""
         targets = [
-            Target(NATIVE, pid, native_job(found.address, texts)),
-            Target(KSERVE, pid, kserve_job(found.address, texts)),
-            Target(OPENAI, pid, openai_job(found.http_port, texts)),
+            Target(NATIVE + more, pids, native_job(found.address, texts)),
+            Target(KSERVE + more, pids, kserve_job(found.address, texts)),
+            Target(OPENAI + more, pids, openai_job(found.http_port, texts)),
         ]
         return [cell for target in targets for cell in plan.measure(load, target, pacing)]
 
@@ -265,7 +277,7 @@ def dynamo_cells(
 ) -> list[Cell]:
     folder = logs / f"dynamo-{pacing}"
     with dynamo(python, MODEL, NAME, folder, step_ms=STEP_MS[pacing], running_max=RUNNING_MAX) as found:
-        return plan.measure(load, Target(DYNAMO, found.pids["frontend"], openai_job(found.http_port, texts)), pacing)
+        return plan.measure(load, Target(DYNAMO, [found.pids["frontend"]], openai_job(found.http_port, texts)), pacing)
 
 
 async def engine_alone(pacing: str, in_flight: int, *, at_once: bool, duration_s: float) -> Result:
@@ -335,7 +347,7 @@ def as_row(cell: Cell, own: Mapping[tuple[str, int, bool], Result]) -> Row:
 
 
 def checks(rows: Sequence[Row], levels: Sequence[int]) -> list[Check]:
-    by = {(row["what"], row["engine"], row["in_flight"]): row for row in rows}
+    by = {(row["what"], row.get("engine"), row.get("in_flight")): row for row in rows}
 
     def value(what: str, pacing: str, in_flight: int, figure: str) -> float | None:
         found = by.get((what, pacing, in_flight), {}).get(figure)
@@ -369,6 +381,7 @@ def main() -> None:
     parser.add_argument("--split", action="store_true", help="a prefill and a decode worker instead of a whole one")
     parser.add_argument("--levels", type=int, nargs="+", default=LEVELS, help="requests in flight")
     parser.add_argument("--engines", choices=STEP_MS, nargs="+", default=list(STEP_MS))
+    parser.add_argument("--edges", type=int, nargs="+", default=[1], help="processes that speak with clients")
     parser.add_argument("--no-dynamo", action="store_true")
     arguments = parser.parse_args()
     env = environment()
@@ -390,7 +403,8 @@ def main() -> None:
             alone = engine_alone(pacing, level, at_once=at_once, duration_s=duration_s)
             own[pacing, level, at_once] = uvloop.run(alone)
         with LoadGenerator() as load:
-            cells += tandem_cells(plan, load, pacing, texts, logs)
+            for edges in arguments.edges:
+                cells += tandem_cells(plan, load, pacing, edges, texts, logs)
             if python is not None:
                 try:
                     cells += dynamo_cells(plan, load, python, pacing, texts, logs)
@@ -399,7 +413,7 @@ def main() -> None:
     rows = [as_row(cell, own) for cell in cells]
     if not any(row["what"] == DYNAMO for row in rows):
         rows.append({"what": f"dynamo {DYNAMO_VERSION} could not be run"})
-    report("router", rows, checks(rows, plan.levels), env)
+    report("router" if arguments.edges == [1] else "router_edges", rows, checks(rows, plan.levels), env)
 
 
 if __name__ == "__main__":

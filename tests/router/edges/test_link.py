@@ -105,7 +105,7 @@ class TestValues:
 
     def test_frames_may_come_in_pieces(self) -> None:
         whole = wire.frame(wire.Cancel(1)) + wire.frame(wire.Submit(2, REQUEST)) + wire.frame(wire.Overrun(3))
-        unread, found = bytearray(), []
+        unread, found = bytearray(), list[wire.Message]()
         for byte in whole:
             unread.append(byte)
             found += wire.messages(unread, wire.FromEdge)
@@ -150,8 +150,9 @@ class End:
 async def pair() -> tuple[End, End]:
     ours, theirs = socket.socketpair()
     core, edge = End(wire.FromEdge), End(wire.FromCore)
-    for end, its in ((core, ours), (edge, theirs)):
-        await asyncio.get_running_loop().create_unix_connection(lambda end=end: end.link, sock=its)
+    loop = asyncio.get_running_loop()
+    await loop.create_unix_connection(lambda: core.link, sock=ours)
+    await loop.create_unix_connection(lambda: edge.link, sock=theirs)
     return core, edge
 
 
