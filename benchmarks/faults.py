@@ -8,10 +8,10 @@ at random moments.
     make bench-faults                              # both engines: sim, and vLLM with the shipped model
     make bench-faults ARGS="--engine sim"
     make bench-faults ARGS="--engine vllm --runs 10 --cases abort"
-    make bench-faults ARGS="--engine vllm --kills 50 --aborts 0 --cases killed,restarted"
+    make bench-faults ARGS="--engine vllm --aborts 0 --cases killed,restarted"
 
-A case that kills workers waits for their successors, which takes a real engine half a minute: `--kills` is how often
-on vLLM. A kill counts as often as there were reads in their middle (`in_mid_read`), one of each decode worker at most.
+A case that kills workers waits for their successors, of which vLLM takes seven seconds of a core to start: its three
+take half an hour there. `in_mid_read` are the reads that stood in their middle, one of each decode worker at most.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.report import Check, Row, at_least, at_most, environment, report
-from tests.faults.cases import CASES, KILLING, Tally, faults_at, faulty_cluster, must_not_be, run_aborts, run_case
+from tests.faults.cases import CASES, Tally, faults_at, faulty_cluster, must_not_be, run_aborts, run_case
 
 ABORTS = {"sim": 10_000, "vllm": 500}
 
@@ -48,12 +48,12 @@ def as_row(engine: str, case: str, tally: Tally) -> Row:
     }
 
 
-async def measure(engine: str, wanted: list[str], runs: int, kills: int, aborts: int) -> list[Row]:
+async def measure(engine: str, wanted: list[str], runs: int, aborts: int) -> list[Row]:
     rows: list[Row] = []
     with faulty_cluster(Path(tempfile.mkdtemp(prefix="bench-faults-")), engine) as site:
         async with faults_at(site) as faults:
             for case in wanted:
-                tally = await run_case(faults, case, kills if engine == "vllm" and case in KILLING else runs)
+                tally = await run_case(faults, case, runs)
                 rows.append(as_row(engine, case, tally))
                 print(engine, case, tally, flush=True)
             if aborts:
@@ -83,7 +83,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("sim", "vllm", "both"), default="both")
     parser.add_argument("--runs", type=int, default=50, help="of each case")
-    parser.add_argument("--kills", type=int, default=6, help="runs, on vLLM, of each case that kills workers")
     parser.add_argument("--aborts", type=int, help="at random moments; by default 10,000 on sim and 500 on vLLM")
     parser.add_argument("--cases", default="", help="only those with one of these in their name; 'none': aborts alone")
     arguments = parser.parse_args()
@@ -92,7 +91,7 @@ def main() -> None:
     for engine in ("sim", "vllm") if arguments.engine == "both" else (arguments.engine,):
         aborts = ABORTS[engine] if arguments.aborts is None else arguments.aborts
         wanted = [case for case in CASES if any(part in case for part in arguments.cases.split(","))]
-        rows += asyncio.run(measure(engine, wanted, arguments.runs, arguments.kills, aborts))
+        rows += asyncio.run(measure(engine, wanted, arguments.runs, aborts))
     name = "faults" if arguments.engine == "both" else f"faults-{arguments.engine}"
     report(name, rows, checks(rows, 50), env)
 

@@ -488,7 +488,7 @@ CASES: Mapping[str, Case] = {
     "handles tampered, replayed, another's": handles_forged,
     "handles of other requests": handles_swapped,
 }
-#: Those that kill workers, which take a real engine half a minute to replace.
+#: Those that kill workers; it takes some ten seconds to replace a real engine.
 KILLING = frozenset({"owner killed in mid-read", "reader killed in mid-read", "peer restarted on its port"})
 
 
