@@ -22,9 +22,11 @@ def edges_of(pid: int) -> list[int]:
     """The edges' processes of a router's."""
     found = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            if b"router.edges" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(child)
+        with suppress(FileNotFoundError):  # a thread that has ended
+            for child in map(int, children.read_text().split()):
+                with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+                    if b"router.edges" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        found.append(child)
     return found
 
 
