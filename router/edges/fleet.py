@@ -28,6 +28,7 @@ from router.edges import wire
 from router.edges.link import Link
 from router.front import LAST_WORDS_S, PortTaken
 from router.health import Health
+from router.port import ModelView
 from router.shell import Shell
 
 #: From being started to serving, and from being asked to answering: slower ones are ended.
@@ -79,12 +80,13 @@ class Edge:
         self.process = process
         self._shell = shell
         self._loads = loads
-        self.began = time.monotonic()
         #: Of requests that it submitted and that have not ended.
         self._streams: dict[int, _Stream] = {}
         #: Of this turn of the loop.
         self._said: list[wire.Said] = []
         self._ended: list[wire.Ended] = []
+        #: As the edge knows them.
+        self._models: list[ModelView] = []
         self._load_report = b""
         self.serving = asyncio.Event()
         #: Credentials that it refused, by reason, when it was last asked.
@@ -99,8 +101,13 @@ class Edge:
         )
 
     def say_now(self) -> None:
-        self._load_report = self._loads.report()
-        self.link.say(wire.Now(self._shell.models(), self._load_report))
+        self._models, self._load_report = self._shell.models(), self._loads.report()
+        self.link.say(wire.Now(self._models, self._load_report))
+
+    def changed(self) -> None:
+        """Workers came, went or changed."""
+        if self._shell.models() != self._models:
+            self.say_now()
 
     async def count(self, timeout_s: float) -> None:
         """Raises TandemError."""
@@ -247,24 +254,33 @@ class Fleet:
     async def _keep(self, place: int) -> None:
         backoff_s = _BACKOFF_FIRST_S
         while True:
-            edge = await self._start(place)
-            async with asyncio.TaskGroup() as tasks:
-                beating = tasks.create_task(self._beat(edge))
-                code = await edge.process.wait()
-                beating.cancel()
-            edge.link.cut("its process ended")
-            self._refused_before.update(edge.refused)
-            del self._edges[place]
+            began = time.monotonic()
+            try:
+                why = await self._live(place)
+            except OSError as error:
+                why = f"could not be started: {error}"
             if not self._are_serving.is_set():
-                self.fault = EdgeFailed(f"an edge ended with code {code} while the router started")
+                self.fault = EdgeFailed(f"an edge {why}, while the router started")
                 self._on_fault()
                 return
-            if time.monotonic() - edge.began > _SETTLED_S:
+            if time.monotonic() - began > _SETTLED_S:
                 backoff_s = _BACKOFF_FIRST_S
-            _log.error("edge %d ended with code %d; another starts in %g s", edge.process.pid, code, backoff_s)
+            _log.error("an edge %s; another starts in %g s", why, backoff_s)
             self.restarts += 1
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, _BACKOFF_MAX_S)
+
+    async def _live(self, place: int) -> str:
+        """One edge, from its start to its end: how that was. Raises OSError."""
+        edge = await self._start(place)
+        async with asyncio.TaskGroup() as tasks:
+            beating = tasks.create_task(self._beat(edge))
+            code = await edge.process.wait()
+            beating.cancel()
+        edge.link.cut("its process ended")
+        self._refused_before.update(edge.refused)
+        del self._edges[place]
+        return f"(process {edge.process.pid}) ended with code {code}"
 
     async def _start(self, place: int) -> Edge:
         ours, theirs = socket.socketpair()
@@ -332,7 +348,7 @@ class Fleet:
         """Workers came, went or changed."""
         self.health.changed()
         for edge in self._edges.values():
-            edge.say_now()
+            edge.changed()
 
     def refused(self) -> dict[str, int]:
         return dict(sum((Counter(edge.refused) for edge in tuple(self._edges.values())), self._refused_before))

@@ -93,6 +93,8 @@ def test_a_taken_port_is_said_with_an_exit_code_of_its_own() -> None:
     [
         ({"port": 99999}, "port"),
         ({"model_dir": "/nowhere"}, "model_dir"),
+        ({"edges": 0}, "edges"),
+        ({"edges": 2}, "worker_listen"),
         ({"load_report_interval_s": 20.0}, "load_report_interval_s"),
         ({"requests": {"stop_strings_max": 0}}, "requests.stop_strings_max"),
         ({"limits": {"queue_requests_max": 0}}, "queue_requests_max"),

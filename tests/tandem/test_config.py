@@ -42,6 +42,14 @@ def test_defaults_are_valid_and_name_the_shipped_model() -> None:
     assert worker.engine_options.served_model_name == "tandem-nano"
 
 
+def test_several_edges_get_workers_a_port_of_their_own() -> None:
+    assert load().router.worker_listen == ""
+    assert config.load(None, {}, {}, ["router.edges=2"]).router.worker_listen == "127.0.0.1:0"
+    chosen = config.load(None, {}, {}, ["router.edges=2", "router.worker_listen=127.0.0.2:7"])
+    assert chosen.router.worker_listen == "127.0.0.2:7"
+    assert any("router.edges: must be from 1 to 64, is 0" in problem for problem in problems("router.edges=0"))
+
+
 def test_file_environment_and_flags_win_in_this_order(tmp_path: Path) -> None:
     text = "[router]\nport = 1\nrouter_id = 'file'\nhost = '127.0.0.3'\n[engine]\nseed = 1"
     flags: dict[str, tuple[str, object]] = {"router.port": ("--port", 3)}
