@@ -560,6 +560,22 @@ def key_create(
         return
     print(key)
     print(f"key {facts['id']} of {tenant}; it is not shown again", file=sys.stderr)
+    if "inference" in facts["scopes"] and not address and _is_nobody(tenant, config):
+        print(f"there is no tenant {tenant!r} yet; make it: tandem tenant add {tenant}", file=sys.stderr)
+
+
+def _is_nobody(tenant: str, config: Path | None) -> bool:
+    """True if the tenants' file leaves the tenant out; without one that can be read nobody knows."""
+    from router import tenants_edit
+    from tandem import launch, tenancy
+    from tandem.settings import ConfigError
+
+    try:
+        with tenancy.refusals():
+            book = tenants_edit.read(tenancy.tenants_file(None, launch.given(config, os.environ)))
+    except (ConfigError, tenants_edit.Refused, OSError):
+        return False
+    return book.tenant(tenant) is None
 
 
 def _create_key_here(
@@ -684,14 +700,15 @@ class _TextAnswer:
         sys.stdout.write("\n")
         sys.stdout.flush()
         if not self._quiet and generation.finished is not None:
-            self._say_how(generation.finished)
+            self._say_how(generation.request_id, generation.finished)
 
-    def _say_how(self, finished: Finished) -> None:
+    def _say_how(self, request_id: str, finished: Finished) -> None:
         from rich.console import Console
 
         from tandem import show
 
-        Console(stderr=True, highlight=False).print(show.story(finished), style="dim", markup=False, soft_wrap=True)
+        told = show.story(request_id, finished)
+        Console(stderr=True, highlight=False).print(told, style="dim", markup=False, soft_wrap=True)
 
 
 class _JsonAnswer:
@@ -788,7 +805,7 @@ def _read_stdin() -> str:
 
 
 def _state_dir(option: Path | None) -> Path:
-    return option or rundir.default_state_dir(os.environ)
+    return (option or rundir.default_state_dir(os.environ)).absolute()  # processes have folders of their own
 
 
 def _address(option: str, state_dir: Path | None) -> str:

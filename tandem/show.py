@@ -51,7 +51,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun[:-1]}ies" if noun.endswith("y") else f"{count:,} {noun}s"
 
 
-def story(finished: Finished) -> str:
+def story(request_id: str, finished: Finished) -> str:
     """Which workers served an answer, what the hand-off between them cost, how long it all took: a few lines."""
     usage, timings, route = finished.usage, finished.timings, finished.route
     rows: list[tuple[str, str, str]] = []
@@ -70,6 +70,7 @@ def story(finished: Finished) -> str:
         rows.append(("again", plural(route.retries, "leg"), "run again after a failure"))
     ended = f"ended by {finished.reason.value}"
     rows.append(("total", duration(timings.total_s), f"first token after {duration(timings.ttft_s)}, {ended}"))
+    rows.append(("more", "", f"tandem why {request_id}"))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{what:<{widths[0]}}  {who:<{widths[1]}}  {how}" for what, who, how in rows)
 

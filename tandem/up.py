@@ -126,7 +126,8 @@ async def _ask(client: AsyncClient, prompt: str, console: Console) -> None:
         return
     console.print("\n")
     if generation.finished is not None:
-        console.print(show.story(generation.finished) + "\n", style="dim", markup=False, soft_wrap=True)
+        told = show.story(generation.request_id, generation.finished)
+        console.print(told + "\n", style="dim", markup=False, soft_wrap=True)
 
 
 def _farewell(plan: Plan, console: Console, outcome: Outcome, screen: _Screen) -> int:

@@ -234,8 +234,10 @@ class Admission:
             facts = QuotaFacts(
                 tenant=tenant.id, limit=name, unit=spent.unit, value=spent.limit, in_use=spent.in_use, asked=asked
             )
-            message = f"the budget per {spent.budget.period.value} has {max(0, spent.limit - spent.in_use)} left"
-            yield _Refusal(facts, f"{message}, this may cost {asked}", spent.retry_at)
+            what = "tokens" if spent.unit == "tokens" else "millionths of money"
+            left = f"{max(0, spent.limit - spent.in_use)} {what} left"
+            message = f"the budget per {spent.budget.period.value} has {left}, this may cost {asked}"
+            yield _Refusal(facts, message, spent.retry_at)
 
 
 def _too_large(tenant: Tenant, prompt: int, output: int) -> TandemError | None:

@@ -234,11 +234,14 @@ class OpenAIEdge:
             limit = self._requests.answers_max
             raise Invalid("prompt", f"{len(wanted)} prompts times n = {n} is more than {limit} answers")
         call_id = form.id_prefix + exchange.own_id
+        if exchange.request_id == exchange.own_id:
+            exchange.request_id = call_id  # the header's, so that it names the request for `tandem why`
         accepted: list[Accepted] = []
         for one in wanted:
             first = await self._generator.accept(one, arrival)
             index = len(accepted)
-            accepted += [first.sibling(number, f"{call_id}-{index + number}") for number in range(n)]
+            ids = [f"{call_id}-{number}" if number else call_id for number in range(index, index + n)]
+            accepted += [first.sibling(number, one_id) for number, one_id in enumerate(ids)]
         options = body.stream_options or StreamOptions()
         return Call(
             form=form,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from protos import control_pb2
 from router.config import AuthConfig, HttpLimits, RequestLimits
 from router.core.limits import CoreLimits
 from router.edge import keys
@@ -62,6 +63,8 @@ class TestCompletions:
         assert response.headers["content-type"] == "application/json"
         said = response.json
         assert said["id"].startswith("cmpl-")
+        story = await router.control.Explain(control_pb2.ExplainRequest(request_id=said["id"]))
+        assert response.headers["x-request-id"] == said["id"] == story.request_id
         assert (said["object"], said["model"]) == ("text_completion", MODEL)
         assert said["choices"] == [{"index": 0, "text": SAID, "logprobs": None, "finish_reason": "length"}]
         prompt_tokens = len(TEXT.encode("x = 1"))

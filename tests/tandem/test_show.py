@@ -52,10 +52,11 @@ def test_a_story_says_who_served_and_what_the_hand_off_cost() -> None:
             local_prefill=False,
         ),
     )
-    assert show.story(finished).splitlines() == [
+    assert show.story("r1", finished).splitlines() == [
         "prefill   p-0     100 tokens, 64 of them cached, in 12.0 ms",
         "hand-off  3.0 ms  3.0 MiB by nixl, 0.5 ms of it on the move",
         "decode    d-0     11 tokens at 10 tokens/s",
         "again     1 leg   run again after a failure",
         "total     1.5 s   first token after 500 ms, ended by length",
+        "more              tandem why r1",
     ]

@@ -74,6 +74,13 @@ def test_from_nothing_to_a_tenant_with_a_key(tmp_path: Path) -> None:
     assert parts.secret not in (tmp_path / "auth" / "keys.json").read_text()
 
 
+def test_a_key_for_nobody_says_so(tmp_path: Path) -> None:
+    done("tenant", "add", "acme", folder=tmp_path)
+    assert "there is no tenant 'acmee' yet" in tandem("key", "create", "acmee", folder=tmp_path).stderr
+    for known in (("acme",), ("ops", "--scope", "admin")):
+        assert "no tenant" not in tandem("key", "create", *known, folder=tmp_path).stderr
+
+
 def test_a_key_can_be_for_operators_in_a_lower_lane_and_revoked(tmp_path: Path) -> None:
     command = ("key", "create", "ops", "--scope", "admin", "--scope", "inference", "--lane-max", "batch", "--json")
     made = json.loads(done(*command, folder=tmp_path))
