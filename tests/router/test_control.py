@@ -251,8 +251,10 @@ class TestTenants:
                     fields = {"weight": str(1 + round_), "tokens_in_flight_max": str(50 + round_)}
                     await asyncio.to_thread(client.set_tenant, "other", fields)
                     await asyncio.to_thread(client.add_tenant, f"t{round_}", {})
+                    before = asked
+                    while asked < before + 2:  # noqa: ASYNC110  answers go on
+                        await asyncio.sleep(0.001)
                 stop.set()
-        assert asked > 20
         with cluster.client("ops") as client:
             status = await asyncio.to_thread(client.status)
         assert status.outcomes["finished"] == asked
