@@ -56,7 +56,8 @@ def _connections(pid: int, port: int) -> set[str]:
 def _sockets(pid: int, port: int, state: str) -> set[str]:
     in_state = {
         fields[9]
-        for fields in map(str.split, Path("/proc/net/tcp").read_text().splitlines()[1:])
+        for table in ("tcp", "tcp6")  # gRPC's own server takes IPv4 on IPv6's sockets
+        for fields in map(str.split, Path(f"/proc/net/{table}").read_text().splitlines()[1:])
         if fields[3] == state and int(fields[1].split(":")[1], 16) == port
     }
     held = set()
