@@ -15,8 +15,7 @@ import uvloop
 from router.access import AccessRefused
 from router.config import from_json
 from router.edges.fleet import EdgeFailed
-from router.front import PortTaken
-from router.main import Bound, serve
+from router.main import Bound, PortTaken, serve
 from router.metering.journal import JournalError
 from router.process import allow_connections, is_up
 

@@ -28,6 +28,7 @@ from router.edge.metrics import MetricsEdge
 from router.edge.orca import LoadReports
 from router.edges.fleet import Fleet
 from router.front import LAST_WORDS_S, Front, bind, grpc_server, listen
+from router.front import PortTaken as PortTaken
 from router.grpc_server.server import GrpcServer
 from router.grpc_server.stock import StockServer
 from router.joining import Gate

@@ -157,14 +157,16 @@ async def proven(
 class Router:
     """A router under test, and everything that is connected to it."""
 
-    def __init__(self, bound: Bound, stop: asyncio.Event, served: asyncio.Task[None]) -> None:
+    def __init__(self, bound: Bound, stop: asyncio.Event, served: asyncio.Task[None], *, edges: int = 1) -> None:
         self.bound = bound
         self.stop = stop
         self.served = served
         options = (("grpc.use_local_subchannel_pool", 1),)
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{bound.port}", options=options)
-        #: Where workers come.
-        self.links = grpc.aio.insecure_channel(f"127.0.0.1:{bound.worker_port or bound.port}", options=options)
+        #: Where workers come, if not to the same port.
+        self._links = (
+            grpc.aio.insecure_channel(f"127.0.0.1:{bound.worker_port}", options=options) if edges > 1 else None
+        )
         self.inference = inference_pb2_grpc.InferenceStub(self.channel)
         self.control = control_pb2_grpc.ControlStub(self.channel)
         self.text = ModelText(MODEL_DIR)
@@ -174,7 +176,7 @@ class Router:
         self, name: str, role: int = BOTH, *, answer: tuple[int, ...] | None = None, **changes: object
     ) -> Worker:
         """Linked and welcomed. With an answer, it serves."""
-        call = link_grpc.WorkerLinkStub(self.links).Connect()
+        call = link_grpc.WorkerLinkStub(self._links or self.channel).Connect()
         worker = Worker(name, call, answer or (), serving=answer is not None)
         await worker.send(hello=await proven(call, hello(name, role, **changes)))
         self._reading.append(asyncio.create_task(worker.read()))
@@ -229,7 +231,8 @@ class Router:
             for task in self._reading:
                 task.cancel()
             await asyncio.gather(*self._reading, return_exceptions=True)
-            await self.links.close()
+            if self._links is not None:
+                await self._links.close()
             await self.channel.close()
 
 
@@ -261,7 +264,7 @@ async def running(
     await asyncio.wait((served, bound), return_when=asyncio.FIRST_COMPLETED)
     if served.done():
         served.result()
-    router = Router(bound.result(), stop, served)
+    router = Router(bound.result(), stop, served, edges=config.edges)
     try:
         yield router
     finally:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc, worker_link_pb2
 from protos.compat import kserve_pb2_grpc, vllm_engine_pb2, vllm_engine_pb2_grpc
 from router.config import AuthConfig, RouterConfig, to_json
 from router.edge import keys
@@ -44,6 +44,9 @@ TENANTS = f"""\
 requests_per_minute = 100000
 [tenants.few]
 budgets = [{{ period = "total", tokens = {WORTH * NEEDS} }}]
+[tenants.heavy]
+weight = 4
+[tenants.light]
 [tenants.one]
 budgets = [{{ period = "total", tokens = {NEEDS} }}]
 """
@@ -76,13 +79,16 @@ class Edges:
         asked = control_pb2.GetStatusRequest(requests=True)
         return await control_pb2_grpc.ControlStub(channel).GetStatus(asked, metadata=self.by("ops"), timeout=WAIT_S)
 
-    async def is_idle(self, channel: grpc.aio.Channel) -> None:
+    async def until(self, channel: grpc.aio.Channel, holds: Callable[[control_pb2.Status], bool]) -> None:
         async with asyncio.timeout(WAIT_S):
-            while True:
-                status = await self.status(channel)
-                if not status.requests and not any(one.prefill_legs or one.decode_legs for one in status.workers):
-                    return
-                await asyncio.sleep(0.01)
+            while not holds(await self.status(channel)):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # what is watched lies behind an RPC
+
+    async def is_idle(self, channel: grpc.aio.Channel) -> None:
+        def is_idle(status: control_pb2.Status) -> bool:
+            return not status.requests and not any(one.prefill_legs or one.decode_legs for one in status.workers)
+
+        await self.until(channel, is_idle)
 
     async def has_said(self, channel: grpc.aio.Channel, request_id: str, tokens: int) -> None:
         async with asyncio.timeout(WAIT_S):
@@ -110,7 +116,8 @@ async def make_edges(folder: Path) -> AsyncIterator[Edges]:
     tenants, store = folder / "tenants.toml", folder / "auth" / "keys.json"
     tenants.write_text(TENANTS)
     made = {}
-    for tenant, scope in [(name, Scope.INFERENCE) for name in ("acme", "few", "one")] + [("ops", Scope.ADMIN)]:
+    for tenant in ("acme", "few", "one", "heavy", "light", "ops"):
+        scope = Scope.ADMIN if tenant == "ops" else Scope.INFERENCE
         with keys.editing(store, store.with_name("pepper")) as editor:
             changed, _, made[tenant] = editor.store.create(editor.pepper, tenant, 0.0, scopes=frozenset({scope}))
             editor.save(changed)
@@ -241,6 +248,29 @@ class TestClients:
         assert told in page.body.decode()
 
 
+async def test_tenants_at_different_edges_are_served_by_their_weights(tmp_path: Path) -> None:
+    """Both wait before one worker, which takes a request at a time."""
+    async for edges in make_edges(tmp_path):
+        capacity = worker_link_pb2.Capacity(prefill_legs=1, decode_legs=1, kv_blocks=4096)
+        worker = await edges.router.worker("alone", capacity=capacity)
+        async with edges.channel(edges.pids[0]) as here, edges.channel(edges.pids[1]) as there:
+            control, ops = control_pb2_grpc.ControlStub(here), edges.by("ops")
+            for name in ("p", "d"):
+                await control.DrainWorker(control_pb2.DrainWorkerRequest(worker_id=name), metadata=ops, timeout=WAIT_S)
+            running = [asyncio.create_task(text_of(generate(here, edges.by("acme"))))]
+            (order,) = await worker.wait_for("decode")
+            heavy, light = edges.by("heavy"), edges.by("light")
+            running += [asyncio.create_task(text_of(generate(here, heavy))) for _ in range(40)]
+            running += [asyncio.create_task(text_of(generate(there, light))) for _ in range(10)]
+            await edges.until(here, lambda status: status.requests_queued == 50)
+            worker.answer, worker.serving = ANSWER, True
+            await worker.obey(order)
+            assert set(await asyncio.gather(*running)) == {SAID}
+            served = [order.decode.tenant for order in worker.orders if order.HasField("decode")][1:]
+            for end in (10, 25, 50):
+                assert abs(served[:end].count("heavy") - 0.8 * end) <= 1
+
+
 class TestDeath:
     async def test_an_edge_that_dies_takes_its_own_requests_and_no_others_and_comes_back(self, edges: Edges) -> None:
         doomed, other = edges.pids
@@ -292,7 +322,7 @@ class TestDeath:
         try:
             bound = Bound(**json.loads(await core.stdout.readline()))
             ended = asyncio.create_task(core.wait())
-            router = Router(bound, asyncio.Event(), ended)  # type: ignore[arg-type]
+            router = Router(bound, asyncio.Event(), ended, edges=2)  # type: ignore[arg-type]
             _, decode = await router.pair(ANSWER)
             decode.pause_at = 3
             edges = edges_of(core.pid)
