@@ -192,6 +192,7 @@ class RouterConfig:
     #: What was spent of the tenants' budgets, so that a restart forgets nothing; empty: it forgets. One router's alone.
     budget_journal: str = ""
     #: A folder for what each request used, one line of JSON per request; empty: that is not kept. One router's alone.
+    #: What is open is journaled too then, here where there is no budget_journal, so that a crash leaves its bill.
     usage_ledger: str = ""
     #: SHA-256, in hex, of a key that may do what operators do: of whoever started this process. Empty: there is none.
     operator_key_hash: str = ""
