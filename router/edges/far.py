@@ -22,6 +22,8 @@ from router.edges.link import Link
 from router.port import ModelView, RequestStream
 
 _ANSWER_S_MAX = 5.0
+#: Every process reads its files again.
+LOOK_S_MAX = 30.0
 #: What the core has not read yet may be so much; requests that come then are refused.
 _UNREAD_BYTES_MAX = 16 << 20
 
@@ -38,6 +40,8 @@ class FarCore:
         #: Those that something came for, and whose readers were not told yet.
         self._touched: dict[RequestStream, None] = {}
         self._models: list[ModelView] = []
+        #: The core has said how the pools are.
+        self.told = asyncio.Event()
         self._link: Link | None = None
         #: See `router.edge.orca`.
         self.load_report = b""
@@ -50,6 +54,7 @@ class FarCore:
     # From the core.
 
     def now_is(self, now: wire.Now) -> None:
+        self.told.set()
         self.load_report = now.load_report
         if now.models != self._models:
             self._models = now.models
@@ -132,7 +137,7 @@ class FarCore:
 
     async def look_again(self) -> None:
         """Returns when tenants and keys are in force in every process as the files have them."""
-        await self._ask(wire.LookAgain(), None)
+        await self._ask(wire.LookAgain(), None, LOOK_S_MAX)
 
     def metrics_page(self) -> bytes:
         """Called on a thread."""
@@ -140,9 +145,9 @@ class FarCore:
         page: bytes = asyncio.run_coroutine_threadsafe(asking, self._loop).result()
         return page
 
-    async def _ask(self, question: wire.Question, kind: Any) -> Any:
+    async def _ask(self, question: wire.Question, kind: Any, timeout_s: float = _ANSWER_S_MAX) -> Any:
         assert self._link is not None
-        return await self._link.ask(question, kind, _ANSWER_S_MAX)
+        return await self._link.ask(question, kind, timeout_s)
 
 
 def _core_is_gone() -> Unavailable:

@@ -25,6 +25,7 @@ from router.core.effects import ClientEvent, Failed, Finished, Tokens
 from router.core.errors import AlreadyExists, TandemError
 from router.edge.orca import LoadReports
 from router.edges import wire
+from router.edges.far import LOOK_S_MAX
 from router.edges.link import Link
 from router.front import LAST_WORDS_S, PortTaken
 from router.health import Health
@@ -36,7 +37,8 @@ _START_S_MAX = 60.0
 _SILENCE_S_MAX = 30.0
 #: Between telling an edge how the pools are, and asking what it counted, where nothing else is to be said.
 _BEAT_S = 1.0
-_LOOK_S_MAX = 2.0
+#: For what edges counted; then what they said before counts.
+_COUNT_S_MAX = 3.0
 #: Before an edge that died is started again; doubled from the first to the second while it does not live long.
 _BACKOFF_FIRST_S = 0.1
 _BACKOFF_MAX_S = 5.0
@@ -334,13 +336,13 @@ class Fleet:
                 await self._shell.set_role(worker_id, role)
             case wire.LookAgain():
                 await self._look()
-                await self._of_all(lambda other: other.link.ask(question, None, _LOOK_S_MAX), but=edge)
+                await self._of_all(lambda other: other.link.ask(question, None, LOOK_S_MAX), but=edge)
             case _:
                 raise wire.Malformed(f"{type(question).__name__} is not for the core")
         return None
 
     async def _of_all(self, ask: Callable[[Edge], Awaitable[object]], *, but: Edge | None = None) -> None:
-        """One that can't answer is being ended, and holds up nothing."""
+        """One that dies meanwhile holds up nothing."""
         asked = [ask(edge) for edge in self._edges.values() if edge is not but and edge.serving.is_set()]
         await asyncio.gather(*asked, return_exceptions=True)
 
@@ -354,7 +356,7 @@ class Fleet:
         return dict(sum((Counter(edge.refused) for edge in tuple(self._edges.values())), self._refused_before))
 
     async def count(self) -> None:
-        await self._of_all(lambda edge: edge.count(_LOOK_S_MAX))
+        await self._of_all(lambda edge: edge.count(_COUNT_S_MAX))
 
     async def drain(self) -> None:
         await self.health.drain()

@@ -65,6 +65,7 @@ class _Orders:
         raise wire.Malformed(f"{type(question).__name__} is not for an edge")
 
     def is_lost(self, why: str) -> None:
+        self._core.told.set()
         if not self.over.is_set():
             _log.error("the core is lost: %s", why)
             self.lost = True
@@ -95,6 +96,7 @@ async def serve(config: RouterConfig, to_core: socket.socket, began: float) -> b
     core.on_workers_changed = front.changed
     await loop.create_unix_connection(lambda: link, sock=to_core)
     try:
+        await core.told.wait()  # else those who come at once would hear that there are no workers
         await front.open()
         await front.start()
         is_up()

@@ -73,8 +73,13 @@ async def channel_to(pid: int, port: int) -> AsyncIterator[grpc.aio.Channel]:
         before = _connections(pid, port)
         options = (("grpc.use_local_subchannel_pool", 1),)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+            health = health_pb2_grpc.HealthStub(channel)
+            await health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
             if _connections(pid, port) - before:
+                watching = health.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+                while (await watching.read()).status != health_pb2.HealthCheckResponse.SERVING:
+                    pass  # it has not heard of the workers yet
+                watching.cancel()
                 yield channel
                 return
     raise AssertionError(f"{_TRIES} connections, and none came to process {pid}")

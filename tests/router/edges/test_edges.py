@@ -90,14 +90,6 @@ class Edges:
 
         await self.until(channel, is_idle)
 
-    async def has_said(self, channel: grpc.aio.Channel, request_id: str, tokens: int) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while True:
-                requests = (await self.status(channel)).requests
-                if any(one.request_id == request_id and one.completion_tokens == tokens for one in requests):
-                    return
-                await asyncio.sleep(0.01)
-
     async def why(self, channel: grpc.aio.Channel, request_id: str) -> control_pb2.RequestStory:
         asked = control_pb2.ExplainRequest(request_id=request_id)
         return await control_pb2_grpc.ControlStub(channel).Explain(asked, metadata=self.by("ops"), timeout=WAIT_S)
@@ -141,16 +133,19 @@ def generate(
 ) -> grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]:
     prompt = inference_pb2.TokenIds(ids=PROMPT)
     sampling = inference_pb2.Sampling(max_tokens=max_tokens, temperature=0.0)
-    request = inference_pb2.GenerateRequest(request_id=request_id, token_ids=prompt, sampling=sampling)
+    request = inference_pb2.GenerateRequest(
+        request_id=request_id, token_ids=prompt, sampling=sampling, return_token_ids=True
+    )
     return inference_pb2_grpc.InferenceStub(channel).Generate(request, metadata=by, timeout=WAIT_S)
 
 
-async def has_begun(
-    answers: grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
+async def has_said(
+    answers: grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse], tokens: int
 ) -> bool:
     """Once it has."""
-    answer = await answers.read()
-    return isinstance(answer, inference_pb2.GenerateResponse) and bool(answer.delta.text)
+    while tokens > 0 and isinstance(answer := await answers.read(), inference_pb2.GenerateResponse):
+        tokens -= len(answer.delta.token_ids)
+    return tokens == 0
 
 
 async def text_of(
@@ -204,7 +199,7 @@ class TestClients:
         edges.decode.pause_at = 3
         async with edges.channel(first) as here, edges.channel(second) as there:
             held = generate(here, edges.by("acme"), "mine")
-            assert await has_begun(held)
+            assert await has_said(held, 3)
             error = await error_of(generate(there, edges.by("acme"), "mine"))
             assert error.reason == "REQUEST_ID_IN_USE"
             edges.decode.pause_at = 1_000_000
@@ -279,9 +274,7 @@ class TestDeath:
         async with edges.channel(doomed) as here, edges.channel(other) as there:
             lost, kept = generate(here, edges.by("one"), "lost"), generate(there, edges.by("acme"), "kept")
             for started in (lost, kept):
-                assert await has_begun(started)
-            await edges.has_said(there, "lost", 3)
-            await edges.has_said(there, "kept", 3)
+                assert await has_said(started, 3)
             small = generate(there, edges.by("one"), max_tokens=2)
             assert (await error_of(small)).reason == "BUDGETS_TOTAL_TOKENS", "it is all reserved"
 
@@ -328,7 +321,7 @@ class TestDeath:
             edges = edges_of(core.pid)
             async with channel_to(edges[0], bound.port) as channel:
                 running = generate(channel, ())
-                assert await has_begun(running)
+                assert await has_said(running, 3)
                 core.kill()
                 error = await error_of(running)
                 assert error.reason == "CORE_UNREACHABLE"
@@ -347,7 +340,7 @@ class TestStopping:
             edges.decode.pause_at = 3
             async with edges.channel(pids[0]) as here, edges.channel(pids[1]) as there:
                 running = generate(here, edges.by("acme"), "running")
-                assert await has_begun(running)
+                assert await has_said(running, 3)
                 watches = [
                     health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
                     for channel in (here, there)
