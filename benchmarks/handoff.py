@@ -6,7 +6,7 @@ and new, so no prefix cache helps; sampling is greedy and EOS is ignored, so eve
 
 The pair's engines compute 512 tokens a step at most, the whole ones 2,048, as vLLM does by default. On a CPU a prompt
 costs a tenth more in the smaller steps. The pair buys with it that prompts which come together are handed over one by
-one; whole engines would pay the same, and their decodes would still wait for a step of each prompt.
+one. In whole engines they would shorten what a prompt delays the answers beside it, which is not measured here.
 
 vLLM's own pair with NixlConnector (nixl_pair.py) is measured last, when the others have gone: each of its engines keeps
 a core busy while it has nothing to do. It is so slow that it gets few requests. A pair that fails is started once more;
