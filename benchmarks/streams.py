@@ -105,7 +105,7 @@ def run(found: Cluster, shape: Shape) -> tuple[list[Row], list[Check]]:
 
     with Client(found.address) as client:
         client.generate(PROMPT, max_tokens=2).result()
-        before, cpu_before, began = rss_bytes(router), cpu_s(router), time.monotonic()
+        before, cpu_before, began = rss_bytes(router), cpu_s([router]), time.monotonic()
         threads = [threading.Thread(target=load, args=(name,)) for name in jobs]
         for thread in threads:
             thread.start()
@@ -113,7 +113,7 @@ def run(found: Cluster, shape: Shape) -> tuple[list[Row], list[Check]]:
         for thread in threads:
             thread.join()
         outcomes = client.status().outcomes
-        cpu, wall = cpu_s(router) - cpu_before, time.monotonic() - began
+        cpu, wall = cpu_s([router]) - cpu_before, time.monotonic() - began
     rows = [as_row(name, result, shape) for name, result in results.items()]
     tokens = shape.streams * shape.tokens
     memory_kib = (rss - before) / shape.streams / 1024
