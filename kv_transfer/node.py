@@ -676,10 +676,9 @@ class KvNode:
 
     def _release_there(self, handle: Handle, raw: bytes, peer: Peer | None, due: float) -> None:
         time.sleep(max(0.0, due - time.monotonic()))
-        if peer is not None:
-            peer.client.release(raw, self.limits.release_timeout_s, self._owner_told)
+        if peer is not None and peer.client.release(raw, self.limits.release_timeout_s, self._owner_told):
             return
-        # Never met, for want of a lane or of time; it may be within reach of a call.
+        # Never met, or forgotten since the read failed; it may be within reach of a call.
         client = PeerClient(handle.owner_address, secret=self._secret, tls=self._tls)
         client.release(raw, self.limits.release_timeout_s, self._owner_told)
         client.close()

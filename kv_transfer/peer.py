@@ -141,24 +141,24 @@ class PeerClient:
             raise PeerRefused(f"{self._address}: the answer's MAC is wrong: made with another cluster's secret")
         return facts
 
-    def release(self, handle: bytes, timeout_s: float, done: Callable[[bool], None]) -> None:
-        """Sends and returns; `done` is told, from another thread, whether the owner got it."""
+    def release(self, handle: bytes, timeout_s: float, done: Callable[[bool], None]) -> bool:
+        """Sends and returns; `done` is told, from another thread, whether the owner got it. False: closed already, and
+        nobody is told anything."""
         request = kv_pb2.ReleaseRequest(handle=kv_pb2.KvHandle.FromString(handle))
-        self._send(lambda: self._stub.Release.future(request, timeout=timeout_s), done)
+        return self._send(lambda: self._stub.Release.future(request, timeout=timeout_s), done)
 
     def extend(self, handle: bytes, ttl_s: float, timeout_s: float) -> None:
         """Sends and returns. If it gets lost, the lease ends when it would have."""
         request = kv_pb2.ExtendRequest(handle=kv_pb2.KvHandle.FromString(handle), ttl_s=ttl_s)
         self._send(lambda: self._stub.Extend.future(request, timeout=timeout_s), lambda arrived: None)
 
-    def _send(self, call: Callable[[], grpc.Future], done: Callable[[bool], None]) -> None:
+    def _send(self, call: Callable[[], grpc.Future], done: Callable[[bool], None]) -> bool:
         with self._lock:
-            closed = self._closing
-            self._outstanding += not closed
-        if closed:
-            done(False)
-        else:
-            call().add_done_callback(lambda future: self._sent(future, done))
+            if self._closing:
+                return False
+            self._outstanding += 1
+        call().add_done_callback(lambda future: self._sent(future, done))
+        return True
 
     def _sent(self, call: grpc.Future, done: Callable[[bool], None]) -> None:
         with self._lock:

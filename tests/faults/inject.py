@@ -188,14 +188,15 @@ def _scramble_releases(folder: Folder) -> None:
     release, fetch = PeerClient.release, KvNode.fetch
 
     @functools.wraps(release)
-    def release_again(self: PeerClient, handle: bytes, timeout_s: float, done: Callable[[bool], None]) -> None:
+    def release_again(self: PeerClient, handle: bytes, timeout_s: float, done: Callable[[bool], None]) -> bool:
+        sent = release(self, handle, timeout_s, done)
         if not folder.has("scramble"):
-            return release(self, handle, timeout_s, done)
-        release(self, handle, timeout_s, done)
+            return sent
         for _ in range(2):
             _later(random.uniform(0, _LATE_S_MAX), lambda: release(self, handle, timeout_s, lambda _: None))
             _later(random.uniform(0, _LATE_S_MAX), lambda: _extend(self, handle))
         folder.say("scrambled")
+        return sent
 
     @functools.wraps(fetch)
     def fetch_overtaken(self: KvNode, handle: bytes, *more: Any, **named: Any) -> Any:

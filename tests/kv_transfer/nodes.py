@@ -19,8 +19,8 @@ from trust.tls import Tls
 SECRET = b"the cluster's secret"
 
 
-def eventually(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
-    """Waits for what other threads will bring about."""
+def eventually(holds: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Waits for what other threads will bring about: less than leases live here, which end by themselves then."""
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it never came true"
