@@ -117,7 +117,7 @@ class Pair:
         if prefilled.handle is None:
             assert prefilled.finish_reason
             return [prefilled.token_id]
-        staged = await self.decode.fetch(prefilled.handle, 10)
+        staged = await self.decode.fetch(prefilled.handle, 60)
         rest = replace(sampling, max_tokens=sampling.max_tokens - len(first))
         leg = decode_leg(f"{leg_id}/d", (*prompt, *first), rest, prompt_tokens=len(prompt), staged=staged)
         return first + await collect(self.decode, leg)
@@ -528,11 +528,11 @@ async def test_a_cancelled_fetch_stops_reading(model: Path, monkeypatch: pytest.
             read(self, peer, segments, timeout_s)
             reads.append(segments)
             reading.set()
-            go_on.wait(10)
+            go_on.wait(60)
 
         monkeypatch.setattr(InprocTransport, "read", slow_read)
         task = asyncio.create_task(pair.decode.fetch(result.handle, 5))
-        await asyncio.to_thread(reading.wait, 10)
+        await asyncio.to_thread(reading.wait, 60)
         task.cancel()
         await asyncio.wait([task])
         go_on.set()

@@ -79,7 +79,7 @@ async def test_answers_across_processes_are_those_of_one_engine(tmp_path: Path) 
             ours.send(prefill)
             result: PrefillResult = await asyncio.to_thread(ours.recv)
             assert result.handle is not None
-            staged = await reader.fetch(result.handle, 10)
+            staged = await reader.fetch(result.handle, 60)
             got = await collect(reader, replace(whole, leg_id=f"{index}/d", staged=staged))
             assert got[0] == result.token_id
             assert got == await collect(reader, whole), f"{count} tokens"
@@ -88,7 +88,7 @@ async def test_answers_across_processes_are_those_of_one_engine(tmp_path: Path) 
         assert load.extra["kv_mismatches_total"] == load.staged_pages == 0
         ours.send(None)
         assert await asyncio.to_thread(ours.recv) == 0
-        await asyncio.to_thread(owner.join, 10)
+        await asyncio.to_thread(owner.join, 60)
         assert owner.exitcode == 0
     finally:
         await reader.stop()

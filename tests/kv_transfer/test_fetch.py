@@ -61,7 +61,7 @@ def pause(reader: Party) -> tuple[threading.Event, threading.Event]:
 
     def wait() -> None:
         reading.set()
-        go_on.wait(10)
+        go_on.wait(60)
 
     reader.during_read(wait)
     return reading, go_on
@@ -295,7 +295,7 @@ def test_more_fetches_than_allowed_at_once_are_answered_full(world, owner):
     reading, go_on = pause(reader)
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(reader.node.fetch, owner.offer("t"), 5.0)
-        assert reading.wait(10)
+        assert reading.wait(60)
         second = owner.offer("u")
         with pytest.raises(FetchError, match="1 fetches are under way"):
             reader.node.fetch(second, 5.0)
@@ -408,8 +408,8 @@ def test_a_fetch_that_waits_for_its_turn_is_cancelled_at_once(owner, reader):
     reading, go_on = pause(reader)
     cancel = Cancel()
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(reader.node.fetch, owner.offer("t"), 10.0)
-        assert reading.wait(10)
+        first = threads.submit(reader.node.fetch, owner.offer("t"), 60.0)
+        assert reading.wait(60)
         second = threads.submit(reader.node.fetch, owner.offer("u"), 10.0, cancel)
         eventually(lambda: reader.node.stats().fetches_in_flight == 2)
         cancel.set()
@@ -424,8 +424,8 @@ def test_a_fetch_that_waits_for_its_turn_too_long_fails(owner, reader):
     reader.node.connect(peer="p", address=owner.node.address)
     reading, go_on = pause(reader)
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(reader.node.fetch, owner.offer("t"), 10.0)
-        assert reading.wait(10)
+        first = threads.submit(reader.node.fetch, owner.offer("t"), 60.0)
+        assert reading.wait(60)
         with pytest.raises(FetchError, match="other transfers were under way"):
             reader.node.fetch(owner.offer("u"), 0.05)
         go_on.set()

@@ -137,7 +137,7 @@ def test_waiting_fetches_are_served_in_the_order_they_came(world: World) -> None
         order.append(int(event.segments.remote[0]) // owner.layout.segment_bytes)
         if not first_in.is_set():
             first_in.set()
-            go_on.wait(10)
+            go_on.wait(60)
 
     reader.inproc.hook = hook
     with ThreadPoolExecutor(5) as threads:
@@ -145,7 +145,7 @@ def test_waiting_fetches_are_served_in_the_order_they_came(world: World) -> None
         for block in (9, 3, 7, 1):
             fetches.append(threads.submit(reader.node.fetch, owner.offer(f"t{block}", [block]), 10.0))
             eventually(lambda: len(reader.node._roster.wires[0].turn._queue) == len(fetches))  # noqa: B023
-        assert first_in.wait(10)
+        assert first_in.wait(60)
         go_on.set()
         for fetch in fetches:
             reader.node.discard(fetch.result().staged_id)
