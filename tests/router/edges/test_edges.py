@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc, worker_link_pb2
 from protos.compat import kserve_pb2_grpc, vllm_engine_pb2, vllm_engine_pb2_grpc
 from router.config import AuthConfig, RouterConfig, to_json
+from router.core.limits import CoreLimits
 from router.edge import keys
 from router.edge.identity import Scope
 from router.front import PortTaken
@@ -115,8 +116,9 @@ async def make_edges(folder: Path) -> AsyncIterator[Edges]:
             editor.save(changed)
     auth = AuthConfig(mode="keys", keys_file=str(store))
     others = frozenset(edges_of(os.getpid()))
+    limits = CoreLimits(silence_s_max=3600.0)  # scripted workers report no load
     async with running(
-        edges=2, http_port=0, metrics_port=0, tenants_file=str(tenants), auth=auth, shutdown_grace_s=WAIT_S
+        limits, edges=2, http_port=0, metrics_port=0, tenants_file=str(tenants), auth=auth, shutdown_grace_s=WAIT_S
     ) as router:
         _, decode = await router.pair(ANSWER)
         yield Edges(router, decode, made, others)
@@ -306,6 +308,7 @@ class TestDeath:
             edges=2,
             worker_listen="127.0.0.1:0",
             join_key=JOIN_KEY,
+            limits=CoreLimits(silence_s_max=3600.0),
         )
         core = await asyncio.create_subprocess_exec(sys.executable, "-m", "router", "-", stdin=PIPE, stdout=PIPE)
         assert core.stdin is not None
