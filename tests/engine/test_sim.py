@@ -86,8 +86,8 @@ async def running(*engines: SimEngine) -> AsyncIterator[None]:
 
 
 async def becomes_idle(sim: SimEngine) -> None:
-    """Waits for what was released to have arrived."""
-    async with asyncio.timeout(60):
+    """Waits for what was released to have arrived: less than leases live, which end by themselves then."""
+    async with asyncio.timeout(20):
         while not is_idle(await sim.load()):  # noqa: ASYNC110 - there is no event of it: it is what tests look at
             await asyncio.sleep(0.005)
 

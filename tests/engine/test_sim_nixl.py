@@ -47,7 +47,7 @@ async def serve(owner: SimEngine, pipe: Connection) -> None:
     pipe.send(info.kv_address)
     while (leg := await asyncio.to_thread(pipe.recv)) is not None:
         pipe.send(await owner.prefill(leg))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(20):
         while (load := await owner.load()).leases_held:  # noqa: ASYNC110 - the last release is on its way
             await asyncio.sleep(0.005)
     pipe.send(load.kv_blocks_total - load.kv_blocks_free)

@@ -54,7 +54,7 @@ class RunningWorker:
     endings: list[ExitCode] = field(default_factory=list)
 
     async def exit_code(self) -> ExitCode:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(20):
             return await self.task
 
 

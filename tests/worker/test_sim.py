@@ -97,9 +97,9 @@ class Pair:
         return await self.d.outputs(f"{leg}/d")
 
     async def at_rest(self) -> None:
-        """Nothing is open, pinned or staged, and every block is free, at both ends."""
+        """Nothing is open, pinned or staged, and every block is free, at both ends, before leases end by themselves."""
         for link in (self.p, self.d):
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(20):
                 while True:
                     load = await link.next_load()
                     held = (
@@ -402,7 +402,7 @@ async def test_a_lost_router_frees_every_block() -> None:
             pass
         for link in (at.p, at.d):
             link.close()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(20):
             for engine in at.engines:
                 while holds_blocks(await engine.load()):  # noqa: ASYNC110  it tells only when asked
                     await asyncio.sleep(0.01)

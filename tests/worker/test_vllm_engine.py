@@ -60,8 +60,8 @@ class Worker:
         return caught.value
 
     async def at_rest(self) -> None:
-        """Until nothing is open, pinned or staged."""
-        async with asyncio.timeout(WAIT_S):
+        """Until nothing is open, pinned or staged, before leases end by themselves."""
+        async with asyncio.timeout(20.0):
             while True:
                 load = await self.engine.load()
                 if not (load.running or load.waiting or load.leases_held or load.staged_pages):
