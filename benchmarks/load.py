@@ -121,6 +121,7 @@ class HttpSlot(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
         self._began = False
+        self._lost = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -129,6 +130,8 @@ class HttpSlot(asyncio.Protocol):
         assert self._transport is not None
         self._began = False
         self._answer = Answer(asyncio.get_running_loop().create_future())
+        if self._lost:
+            self._answer.end(self._lost)
         self._transport.write(b"%scontent-length: %d\r\n\r\n%s" % (self._head, len(body), body))
         return self._answer
 
@@ -154,8 +157,9 @@ class HttpSlot(asyncio.Protocol):
             answer.end("" if b"data: [DONE]" in tail else "the stream broke off")
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._lost = f"the connection was lost: {error}"
         if self._answer is not None:
-            self._answer.end(f"the connection was lost: {error}")
+            self._answer.end(self._lost)
 
     def close(self) -> None:
         assert self._transport is not None
@@ -177,6 +181,7 @@ class GrpcConnection(asyncio.Protocol):
         self._window = 65_535
         #: Each with its headers and its stream.
         self._unsent: list[tuple[bytes, bytes, int]] = []
+        self._lost = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -189,6 +194,8 @@ class GrpcConnection(asyncio.Protocol):
         assert self._transport is not None
         stream, self._next_stream = self._next_stream, self._next_stream + 2
         answer = self._answers[stream] = Answer(asyncio.get_running_loop().create_future())
+        if self._lost:
+            answer.end(self._lost)
         message = b"\0" + len(body).to_bytes(4) + body
         assert len(message) <= 16_384, "longer than one frame"
         self._unsent.append((_frame(_HEADERS, _END_HEADERS, stream, self._headers), message, stream))
@@ -268,8 +275,9 @@ class GrpcConnection(asyncio.Protocol):
             self.connection_lost(ConnectionError(f"GOAWAY {payload[8:].decode(errors='replace')}"))
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._lost = self._lost or f"the connection was lost: {error}"
         for answer in self._answers.values():
-            answer.end(f"the connection was lost: {error}")
+            answer.end(self._lost)
         self._answers.clear()
 
     def close(self) -> None:
@@ -333,7 +341,10 @@ async def run(job: Job) -> Result:
             if job.think_s:
                 await asyncio.sleep(rng.uniform(0, job.think_s))
             answer = slot.send(job.bodies[next(numbers) % len(job.bodies)])
-            error = await asyncio.wait_for(answer.done, job.timeout_s)
+            try:
+                error = await asyncio.wait_for(answer.done, job.timeout_s)
+            except TimeoutError:
+                error = f"no end within {job.timeout_s:g} s"
             if not error and (answer.messages < job.messages_min or job.proof not in answer.tail):
                 error = f"not a whole answer, {answer.messages} messages: {answer.tail[-200:]!r}"
             if error:
