@@ -193,7 +193,7 @@ class TestCalls:
             metadata, remaining, peer = echo.seen[0]
             assert ("a", "b") in metadata
             assert ("c-bin", b"\0\xff\1") in metadata
-            assert 0 < remaining <= 5
+            assert 0 < remaining <= 6, "clients round it up a little"
             assert peer.startswith("ipv4:127.0.0.1:")
 
     async def test_a_refusal_brings_its_message_and_metadata(self) -> None:
