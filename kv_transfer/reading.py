@@ -140,7 +140,8 @@ class Reading:
                 self._compare(here, there)
                 return
             if read == len(ids):
-                self.cancel.wait(pace.pause_s(time.monotonic()))
+                now = time.monotonic()
+                self.cancel.wait(max(0.0, min(pace.pause_s(now), self.deadline - now)))
 
     @property
     def _blocks_in_a_piece(self) -> int:

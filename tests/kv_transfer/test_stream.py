@@ -426,6 +426,16 @@ def test_a_row_that_names_blocks_outside_the_arena_is_not_followed(owner, reader
     owner.node.withdraw("t")
 
 
+def test_a_chunk_that_is_foretold_for_after_the_deadline_is_not_waited_for(owner, reader, monkeypatch):
+    met(owner, reader)
+    handle = stream(owner)
+    owner.node.publish("t", BLOCKS, 32)
+    monkeypatch.setattr(Pace, "pause_s", lambda self, now: 3600.0)
+    with pytest.raises(FetchError, match="deadline"):
+        reader.node.fetch(handle, 0.2, ahead=True)
+    owner.node.withdraw("t")
+
+
 # -- how often it looks
 
 
