@@ -271,16 +271,18 @@ async def storm(there: Up, requests: int, kills: int, seed: int = 1) -> Storm:
             before = await asyncio.to_thread(there.leases_expired)
             for pid in readers:
                 os.kill(pid, signal.SIGSTOP)
-            for prompt in prompts(random, UNREAD):
-                tasks.create_task(one(prompt))
-            async with asyncio.timeout(ENDED_WITHIN_S):
-                while (ended := await asyncio.to_thread(there.leases_expired)) <= before:  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-            result.leases_expired += ended - before
-            os.kill(pids[sorted(pids)[number % len(pids)]], signal.SIGKILL)
-            for pid in readers:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
+            try:
+                for prompt in prompts(random, UNREAD):
+                    tasks.create_task(one(prompt))
+                async with asyncio.timeout(ENDED_WITHIN_S):
+                    while (ended := await asyncio.to_thread(there.leases_expired)) <= before:  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
+                result.leases_expired += ended - before
+                os.kill(pids[sorted(pids)[number % len(pids)]], signal.SIGKILL)
+            finally:
+                for pid in readers:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
             result.kills += 1
 
     try:
