@@ -337,7 +337,12 @@ class Connection(asyncio.Protocol):
             data, self._out, self._out_bytes = b"".join(self._out), [], 0
             if self._transport is None:
                 return
-            self._transport.write(data)
+            try:
+                self._transport.write(data)
+            except Exception:  # this connection's alone: others are flushed, and told, in the same turn
+                _log.exception("internal error")
+                self.abort()
+                return
             if self.paused and self._transport.get_write_buffer_size() > self._limits.unsent_bytes_max:
                 self._transport.pause_reading()
 

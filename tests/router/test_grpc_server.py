@@ -524,6 +524,25 @@ async def test_what_all_streams_say_in_one_turn_leaves_in_one_write() -> None:
     connection.connection_lost(None)
 
 
+class Broken(Recorder):
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        raise RuntimeError("the handler is closed")
+
+
+async def test_a_connection_that_cannot_be_written_to_is_ended_and_others_are_answered() -> None:
+    server = GrpcServer(message_bytes_max=MESSAGE_BYTES_MAX)
+    broken, transport = Broken(), Recorder()
+    connections = server._connection(), server._connection()
+    for connection, its in zip(connections, (broken, transport), strict=True):  # both greet in one turn
+        connection.connection_made(its)
+    await asyncio.sleep(0)
+    assert broken.closing
+    assert transport.writes
+    assert not transport.closing
+    for connection in connections:
+        connection.connection_lost(None)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
