@@ -63,6 +63,8 @@ class Link(asyncio.Protocol):
         if self._flushing is not None:
             self._flushing.cancel()
             self._flushing = None
+        if self._transport is None and not self.lost_because:
+            return  # it is said when there is a connection
         unsaid, self._unsaid = self._unsaid, []
         if (last := self._last()) is not None:
             unsaid.append(last)

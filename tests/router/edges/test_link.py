@@ -169,6 +169,19 @@ class TestLinks:
         core.link.cut("the test is over")
         await edge.lost
 
+    async def test_what_is_said_before_there_is_a_connection_waits_for_it(self) -> None:
+        ours, theirs = socket.socketpair()
+        core, edge = End(wire.FromEdge), End(wire.FromCore)
+        core.link.say(wire.Draining())
+        core.link.flush()
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: core.link, sock=ours)
+        await loop.create_unix_connection(lambda: edge.link, sock=theirs)
+        await edge.link.ask(wire.GetRefused(), dict[str, int], WAIT_S)  # answered after it
+        assert edge.taken == [wire.Draining()]
+        core.link.cut("the test is over")
+        await edge.lost
+
     async def test_when_it_ends_what_waits_for_answers_is_told(self) -> None:
         core, edge = await pair()
         asking = asyncio.create_task(edge.link.ask(wire.GetMetrics(), bytes, WAIT_S))
