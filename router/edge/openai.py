@@ -338,7 +338,7 @@ class OpenAIEdge:
 
     async def _model(self, exchange: Exchange) -> None:
         views = await self._generator.models_for(_presented(exchange))
-        name = self._generator.model(exchange.path.removeprefix("/v1/models/"))
+        name = self._generator.model(exchange.path.rstrip("/").removeprefix("/v1/models/"))
         for view in views:
             if view.name == name:
                 return await exchange.reply(_encode(self._model_card(view)))

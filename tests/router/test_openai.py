@@ -558,6 +558,7 @@ class TestOtherPaths:
         (model,) = (await get("/v1/models")).json["data"]
         assert (model["id"], model["object"], model["max_model_len"]) == (MODEL, "model", CONTEXT)
         assert (await get(f"/v1/models/{MODEL}")).json == model
+        assert (await get(f"/v1/models/{MODEL}/")).json == model
         missing = await get("/v1/models/no-such")
         assert (missing.status, missing.error["code"]) == (404, "model_not_found")
         assert (await get("/version")).json.keys() == {"version"}
