@@ -100,6 +100,7 @@ async def serve(config: RouterConfig, to_core: socket.socket, began: float) -> b
         await front.open()
         await front.start()
         is_up()
+        await access.look()  # of what changed since it was read, the core tells those that serve alone
         link.say(wire.Serving())
         async with asyncio.TaskGroup() as tasks:
             background = [
