@@ -127,8 +127,8 @@ class CorePort(Protocol):
         ...
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Raises AlreadyExists when an open request of its tenant has its id; every other refusal comes through the
-        stream."""
+        """Raises AlreadyExists when an open request of its tenant has its id, Unavailable when the core is out of
+        reach; or the stream says so, as it says every other refusal."""
         ...
 
     def models(self) -> list[ModelView]: ...
