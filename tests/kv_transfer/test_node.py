@@ -102,7 +102,8 @@ def test_a_forged_handle_moves_nothing(world: World) -> None:
 
 def test_a_release_that_gets_lost_costs_time_not_blocks(world: World) -> None:
     owner, reader = world.open("p"), world.open("d", limits=NodeLimits(releases_in_flight=0))
-    reader.node.discard(reader.node.fetch(owner.offer(ttl_s=0.3), 5.0).staged_id)
+    assert not reader.node.connect(peer="p", address=owner.node.address).refusal
+    reader.node.discard(reader.node.fetch(owner.offer(ttl_s=1.0), 5.0).staged_id)
     assert reader.node.stats().releases_lost_total == 1
     eventually(lambda: owner.node.take_ended() == ["t"])
     assert owner.node.stats().leases_expired_total == 1
