@@ -168,9 +168,6 @@ class Generator:
         self._rules = {name: Rules(limits, text) for name, text in texts.items()}
         self._limits = limits
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
-        #: For what is done here: of prompts that come together, each has a turn of the loop. Their orders leave and
-        #: others' tokens pass in between.
-        self._here = asyncio.Lock()
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -245,8 +242,7 @@ class Generator:
     async def work(self, characters: int, do: Callable[[], T]) -> T:
         """Does it here, or on a thread if that many characters take long."""
         if characters <= _INLINE_CHARS_MAX:
-            async with self._here:
-                return do()
+            return do()
         return await asyncio.get_running_loop().run_in_executor(self._threads, do)
 
     def model(self, name: str) -> str:
