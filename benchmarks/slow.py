@@ -3,7 +3,8 @@
     make bench-slow ARGS="--seconds 60"
 
 Beside the clients that are measured, as many calls run again: first they read, then they stop reading after their first
-message, then they read again. So all that differs is whether they read. The engine is simulated and paced.
+message, then they read again. So all that differs is whether they read: the simulated engine's steps take the same time
+however long the answers have become.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ from router.config import RouterConfig
 from worker.config import Role
 
 NAME = "tandem-nano"
-#: Slows the simulated steps down to about 25 ms.
-SPEEDUP = 0.3
+STEP_TIME = "flat-25ms"
 READERS, OTHERS, STALLED = 16, 16, 64
 TOKENS_MAX = 4_000
 _WARM_UP_S = 3.0
@@ -79,7 +79,8 @@ class Client:
             asked = {"prompt": "x = 1", "max_tokens": TOKENS_MAX, "temperature": 0, "ignore_eos": True, "stream": True}
             body = json.dumps(asked).encode()
             writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
+                % (len(body), body)
             )
             last = None
             while line := await reader.readline():
@@ -192,7 +193,8 @@ def main() -> None:
         served_model_name=NAME,
         cluster_secret=os.urandom(32),
         max_running=READERS + STALLED + OTHERS,
-        speedup=SPEEDUP,
+        step_time=STEP_TIME,
+        speedup=1,
     )
     port = free_port()
     router = RouterConfig(model_dir=str(MODEL), model_name=NAME, port=0, http_port=port, log_level="WARNING")
