@@ -132,6 +132,7 @@ def test_a_stream_that_is_complete_is_fetched_like_any_lease(owner, reader):
 
 
 def test_a_lease_expires_after_it_is_complete_and_not_before(owner, reader):
+    met(owner, reader)
     handle = stream(owner, ttl_s=0.05)
     assert wire.unseal(handle, SECRET).deadline_ms == 0
     owner.node.publish("t", BLOCKS, 64)
