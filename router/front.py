@@ -161,6 +161,7 @@ class Front:
     async def close(self) -> None:
         if self._http is not None:
             await self._http.close(LAST_WORDS_S)
+        await self.server.stop(None)
         self._generator.close()
 
 

@@ -124,25 +124,23 @@ async def serve(
             on_fault=asked_to_stop.set,
         )
     shell.on_workers_changed = face.changed
-    await face.open()
-    workers, worker_port = None, None
-    if config.worker_listen:
-        welcoming = workers = grpc_server(config, shell.deliver)
-        face.health.add_to(workers)
-        host, _, asked = config.worker_listen.rpartition(":")
-        worker_port = bind(workers, "worker_listen", host, int(asked), access.worker_tls)
-    assert welcoming is not None, "several edges have no port for workers"
-    worker_link_pb2_grpc.add_WorkerLinkServicer_to_server(links, welcoming)  # type: ignore[arg-type]  # takes what registers handlers
-    metrics = None
-    if config.metrics_port is not None:
-        metrics = HttpServer(MetricsEdge(page), config.http, access.tls)
-        await listen(metrics, "metrics_port", config.host, config.metrics_port)
-
-    if gate.is_open:
-        _log.warning(
-            "OPEN TO WORKERS: whoever reaches %s may join and be given prompts; join_key changes that", config.host
-        )
+    workers, worker_port, metrics = None, None, None
     try:
+        await face.open()
+        if config.worker_listen:
+            welcoming = workers = grpc_server(config, shell.deliver)
+            face.health.add_to(workers)
+            host, _, asked = config.worker_listen.rpartition(":")
+            worker_port = bind(workers, "worker_listen", host, int(asked), access.worker_tls)
+        assert welcoming is not None, "several edges have no port for workers"
+        worker_link_pb2_grpc.add_WorkerLinkServicer_to_server(links, welcoming)  # type: ignore[arg-type]  # takes what registers handlers
+        if config.metrics_port is not None:
+            metrics = HttpServer(MetricsEdge(page), config.http, access.tls)
+            await listen(metrics, "metrics_port", config.host, config.metrics_port)
+        if gate.is_open:
+            _log.warning(
+                "OPEN TO WORKERS: whoever reaches %s may join and be given prompts; join_key changes that", config.host
+            )
         await face.start()
         if workers is not None:
             await workers.start()
@@ -162,6 +160,8 @@ async def serve(
     finally:
         if metrics is not None:
             await metrics.close(LAST_WORDS_S)
+        if workers is not None:
+            await workers.stop(None)
         await face.close()
         shell.stop()
         keeper.close()

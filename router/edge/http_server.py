@@ -258,6 +258,7 @@ class HttpServer:
 
     async def listen(self, host: str, port: int, *, shared: bool = False) -> None:
         """`shared`: the port, with other processes that say so. Raises OSError."""
+        context = self._tls.renewing_context("http/1.1") if self._tls else None
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         backlog = self._config.backlog
         listener = socket.create_server((host, port), family=family, backlog=backlog, reuse_port=shared)
@@ -267,7 +268,7 @@ class HttpServer:
             self._connection,
             sock=listener,
             backlog=backlog,
-            ssl=self._tls.renewing_context("http/1.1") if self._tls else None,
+            ssl=context,
             ssl_handshake_timeout=self._limits.read_timeout_s if self._tls else None,
         )
 

@@ -227,11 +227,11 @@ class Fleet:
     def _hold(self, key: str, port: int) -> int:
         host = self._config.host
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        held = socket.socket(family, socket.SOCK_STREAM)
-        self._held.append(held)
         try:
             if port:  # edges share theirs with whoever asks to, so ask whether another router has it
                 socket.create_server((host, port), family=family).close()
+            held = socket.socket(family, socket.SOCK_STREAM)
+            self._held.append(held)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             held.bind((host, port))  # and never listens
@@ -287,14 +287,18 @@ class Fleet:
     async def _start(self, place: int) -> Edge:
         ours, theirs = socket.socketpair()
         number = theirs.fileno()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "router.edges", str(number), str(self._began)),
-                cwd=_ROOT,
-                stdin=PIPE,
-                stdout=DEVNULL,  # where ports are told
-                pass_fds=(number,),
-            )
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "router.edges", str(number), str(self._began)),
+                    cwd=_ROOT,
+                    stdin=PIPE,
+                    stdout=DEVNULL,  # where ports are told
+                    pass_fds=(number,),
+                )
+        except BaseException:
+            ours.close()
+            raise
         assert process.stdin is not None
         process.stdin.write(to_json(self._config))
         process.stdin.close()

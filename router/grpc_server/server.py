@@ -55,10 +55,11 @@ class GrpcServer:
     def bind(self, host: str, port: int, tls: Tls | None = None, *, shared: bool = False) -> int:
         """The port that is listened on once the server starts; `shared` with other processes that say so. Raises
         OSError."""
+        context = None if tls is None else tls.renewing_context("h2")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host.strip("[]"), port), family=family, backlog=1024, reuse_port=shared)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio sets it for its own only
-        self._sockets.append((listener, None if tls is None else tls.renewing_context("h2")))
+        self._sockets.append((listener, context))
         return int(listener.getsockname()[1])
 
     async def start(self) -> None:
@@ -67,9 +68,11 @@ class GrpcServer:
             self._listeners.append(await loop.create_server(self._connection, sock=listener, ssl=tls, backlog=1024))
 
     async def stop(self, grace_s: float | None) -> None:
-        """Takes no more calls; those that run have so long to end."""
+        """Takes no more calls; those that run have so long to end. Also of one that was never started, and again."""
         for listener in self._listeners:
             listener.close()
+        for bound, _ in self._sockets:
+            bound.close()
         for connection in tuple(self._connections.open):
             connection.go_away()
         if open_still := [connection.lost for connection in self._connections.open]:

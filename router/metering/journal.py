@@ -40,12 +40,17 @@ class Journal:
             os.close(self._lock)
             raise JournalError(f"{path}: another router has it open") from error
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._records, whole = _parse(path.read_bytes(), path)
-        os.ftruncate(self._file, whole)
-        self.size = whole
-        self._synced = False
-        self.sync()
-        _sync_folder(path.parent)
+        self.size = 0
+        self._synced = True
+        try:
+            self._records, whole = _parse(path.read_bytes(), path)
+            os.ftruncate(self._file, whole)
+            self.size, self._synced = whole, False
+            self.sync()
+            _sync_folder(path.parent)
+        except BaseException:
+            self.close()
+            raise
 
     def records(self) -> tuple[Record, ...]:
         """What the file held when it was opened. Can be asked once, so that they don't stay in memory."""

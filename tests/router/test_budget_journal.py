@@ -5,6 +5,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from router.front import PortTaken
 from router.metering.journal import JournalError
 from tests.router.running import Router, running
 
@@ -40,3 +41,25 @@ async def test_two_routers_cannot_own_one_journal(tmp_path: Path) -> None:
         with pytest.raises(JournalError, match="another router"):
             async with running(budget_journal=journal):
                 pass
+
+
+@pytest.mark.parametrize("edges", [1, 2])
+async def test_a_router_that_could_not_start_owns_none(tmp_path: Path, edges: int) -> None:
+    journal = str(tmp_path / "budgets.journal")
+    async with running(http_port=0) as router:
+        with pytest.raises(PortTaken, match="http_port"):
+            async with running(edges=edges, http_port=router.bound.http_port, budget_journal=journal):
+                pass
+    async with running(budget_journal=journal):
+        pass
+
+
+async def test_one_that_is_damaged_is_not_kept_open(tmp_path: Path) -> None:
+    journal = tmp_path / "budgets.journal"
+    journal.write_text("no record\nno record\n")
+    with pytest.raises(JournalError, match="damaged"):
+        async with running(budget_journal=str(journal)):
+            pass
+    journal.unlink()
+    async with running(budget_journal=str(journal)):
+        pass
