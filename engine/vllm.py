@@ -362,8 +362,12 @@ class _EngineProcess(asyncio.Protocol):
     ) -> _EngineProcess:
         """`exited` is told, once, how the process ended."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            child = _spawn(theirs, options)
+        try:
+            with theirs:
+                child = _spawn(theirs, options)
+        except BaseException:
+            ours.close()
+            raise
         process = cls(child, handle)
         loop, pidfd = asyncio.get_running_loop(), os.pidfd_open(child.pid)
 

@@ -206,8 +206,7 @@ class _Server:
     def _accept(self) -> None:
         while True:
             try:
-                connection, _ = self._listener.accept()
-                self._start(connection)
+                self._start(self._listener.accept()[0])
             except (OSError, RuntimeError) as error:
                 if self._closed:
                     return
@@ -215,17 +214,21 @@ class _Server:
                 time.sleep(0.1)  # no file descriptors or threads, most likely: do not spin until there are some
 
     def _start(self, connection: socket.socket) -> None:
-        connection.settimeout(_DIAL_S)
-        if self._tls is not None:
-            context = self._tls.server_context()
-            connection = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-        thread = threading.Thread(target=self._serve, args=(connection,), name="kv-tcp-serve", daemon=True)
-        with self._lock:
-            if self._closed or len(self._serving) >= _CONNECTIONS_MAX:
-                connection.close()
-                return
-            thread.start()
-            self._serving[connection] = thread
+        try:
+            connection.settimeout(_DIAL_S)
+            if self._tls is not None:
+                context = self._tls.server_context()
+                connection = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            thread = threading.Thread(target=self._serve, args=(connection,), name="kv-tcp-serve", daemon=True)
+            with self._lock:
+                if self._closed or len(self._serving) >= _CONNECTIONS_MAX:
+                    connection.close()
+                    return
+                thread.start()
+                self._serving[connection] = thread
+        except BaseException:
+            connection.close()
+            raise
 
     def _serve(self, connection: socket.socket) -> None:
         try:
