@@ -84,11 +84,15 @@ class Connection:
 async def connected(port: int, *, receive_bytes: int = 0) -> AsyncIterator[Connection]:
     """`receive_bytes` limits what the kernel takes in for a test that does not read."""
     ours = socket.socket()
-    ours.setblocking(False)
-    if receive_bytes:
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-    await asyncio.get_running_loop().sock_connect(ours, ("127.0.0.1", port))
-    reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
+    try:
+        ours.setblocking(False)
+        if receive_bytes:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        await asyncio.get_running_loop().sock_connect(ours, ("127.0.0.1", port))
+        reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
+    except BaseException:
+        ours.close()
+        raise
     try:
         yield Connection(reader, writer)
     finally:
