@@ -110,6 +110,35 @@ class Transport(Protocol):
         ...
 
 
+class Forwarding:
+    """All that another transport does, for one that does some of it differently."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.name = transport.name
+        self._transport = transport
+
+    def register(self, regions: Mapping[str, Region]) -> None:
+        self._transport.register(regions)
+
+    def export(self) -> bytes:
+        return self._transport.export()
+
+    def connect(self, peer: str, incarnation: str, exported: bytes) -> None:
+        self._transport.connect(peer, incarnation, exported)
+
+    def read(self, peer: str, segments: Segments, timeout_s: float) -> None:
+        self._transport.read(peer, segments, timeout_s)
+
+    def lane(self, peer: str) -> str:
+        return self._transport.lane(peer)
+
+    def disconnect(self, peer: str) -> None:
+        self._transport.disconnect(peer)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
 def refuse_device_memory(transport: str, here: Sequence[str], there: Sequence[str]) -> None:
     """For a transport of host memory, at `connect`. Raises TransportError when either side has regions elsewhere."""
     elsewhere = [f"{what} here" for what in here] + [f"{what} there" for what in there]

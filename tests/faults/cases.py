@@ -16,7 +16,7 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,12 +37,12 @@ PROMPT_TOKENS = {"sim": (512, 1024), "vllm": (160, 384)}
 DEADLINE_S = {"sim": 30.0, "vllm": 120.0}
 #: What a client may wait past its deadline before it counts as a hang.
 SLACK_S = 5.0
-#: Decode workers, and how long to wait for the second of them to be in mid-read, too.
+#: Decode workers, and how long to wait for the second of them to be in mid-read, too, or for more swaps than one.
 READERS, OTHERS_WITHIN_S = 2, 0.1
 #: In which everything must be free again, unless a test gives it longer.
 FREE_WITHIN_S = 2.0
-#: Longer than SHORT_TTL_S, for which leases are held in the cases where they run out.
-SHORT_TTL_S, PAST_TTL_S = 0.3, 0.5
+#: Of leases, in the cases where they run out.
+SHORT_TTL_S = 0.3
 
 _REPORTS_EVERY_S = 0.1
 SETTINGS = (
@@ -122,6 +122,7 @@ class Held:
 
     owner: str
     reader: str
+    transfer: str
 
 
 @dataclass(slots=True)
@@ -179,47 +180,54 @@ class Faults:
 
     # -- requests
 
-    async def ask(self, tally: Tally, abort: Callable[[int], Awaitable[None]] | None = None) -> None:
-        """One request, to its end or until `abort` returns, which is told how many tokens have come; judged."""
+    async def ask(
+        self, tally: Tally, abort: Callable[[], Awaitable[object]] | None = None, *, tokens_max: int | None = None
+    ) -> None:
+        """One request, to its end, or until `abort` returns or so many tokens have come; judged."""
         number = self.random.randrange(len(self._prompts))
         began = time.monotonic()
         tokens: list[int] = []
         tally.requests += 1
         try:
-            await self._read(number, tokens, tally, abort)
+            whole = await self._read(number, tokens, tally, abort, tokens_max)
         except TandemError as error:
             tally.errors[error.code] += 1
             whole = False
-        else:
-            whole = abort is None
         expected = self.site.expected[number]
         tally.wrong += tuple(tokens) != (expected if whole else expected[: len(tokens)])
         tally.hangs += time.monotonic() - began > DEADLINE_S[self.engine] + SLACK_S
 
     async def _read(
-        self, number: int, tokens: list[int], tally: Tally, abort: Callable[[int], Awaitable[None]] | None
-    ) -> None:
+        self,
+        number: int,
+        tokens: list[int],
+        tally: Tally,
+        abort: Callable[[], Awaitable[object]] | None,
+        tokens_max: int | None,
+    ) -> bool:
+        """Whether to its end."""
         stream = self._generate(number)
 
-        async def read() -> None:
+        async def read() -> bool:
             async for delta in stream:
                 tokens.extend(delta.token_ids)
+                if tokens_max is not None and len(tokens) >= tokens_max:
+                    return False
             tally.retries += (await stream.result()).finished.route.retries
+            return True
 
         reading = asyncio.create_task(read())
-        if abort is None:
-            await reading
-            return
-        aborting = asyncio.create_task(_until(abort, tokens))
-        await asyncio.wait((reading, aborting), return_when=asyncio.FIRST_COMPLETED)
-        aborting.cancel()
-        if reading.done():
-            await reading
-            return
+        if abort is not None:
+            aborting = asyncio.ensure_future(abort())
+            await asyncio.wait((reading, aborting), return_when=asyncio.FIRST_COMPLETED)
+            aborting.cancel()
+        if (abort is None or reading.done()) and await reading:
+            return True
         tally.aborted += 1
         stream.close()
         with suppress(Cancelled, asyncio.CancelledError):
             await reading
+        return False
 
     # -- faults
 
@@ -259,8 +267,24 @@ class Faults:
         for path in (self._folder / "held").iterdir():
             with suppress(FileNotFoundError):
                 told = json.loads(path.read_text())
-                found.append(Held(told["owner"], told["reader"]))
+                found.append(Held(told["owner"], told["reader"], told["transfer"]))
         return found
+
+    async def expired(self, held: Held) -> None:
+        """Returns when the lease of a read that stands in its middle has run out."""
+        await self._until(
+            (self._folder / "expired" / held.transfer.replace("/", ":")).exists, "the lease did not expire"
+        )
+
+    async def heard(self, word: str, since: Counter[str]) -> None:
+        """Returns when a worker has said so once more."""
+        await self._until(lambda: self.said()[word] > since[word], f"nothing was {word}")
+
+    async def _until(self, holds: Callable[[], bool], otherwise: str) -> None:
+        give_up = time.monotonic() + DEADLINE_S[self.engine] / 2
+        while not holds():
+            assert time.monotonic() < give_up, otherwise
+            await asyncio.sleep(0.005)
 
     def pids(self, worker: str) -> list[int]:
         """The worker's process, and its engine's."""
@@ -318,20 +342,6 @@ class Faults:
         return Counter(word for path in (self._folder / "log").iterdir() for word in path.read_text().split())
 
 
-async def _until(abort: Callable[[int], Awaitable[None]], tokens: Sequence[int]) -> None:
-    while True:
-        try:
-            await abort(len(tokens))
-        except NotYet:
-            await asyncio.sleep(0.001)
-        else:
-            return
-
-
-class NotYet(Exception):
-    """To abort later: ask again."""
-
-
 def _prompt(engine: str, tokens: int, number: int) -> list[int]:
     if engine == "vllm":
         from tests.vllm.harness import prompt
@@ -349,12 +359,12 @@ async def lease_expires(faults: Faults, tally: Tally) -> None:
         async with asyncio.TaskGroup() as requests:
             for _ in range(REQUESTS):
                 requests.create_task(faults.ask(tally))
-            await faults.held(tally)
-            await asyncio.sleep(PAST_TTL_S)
+            held = await faults.held(tally)
+            await faults.expired(held[0])
             faults.stop_telling("ttl")
             for _ in range(REQUESTS // 2):  # whose blocks are those that the lease gave back
                 requests.create_task(faults.ask(tally))
-            await asyncio.sleep(PAST_TTL_S / 2)
+            await asyncio.sleep(SHORT_TTL_S)
             faults.stop_telling("hold")
 
 
@@ -387,7 +397,7 @@ async def reader_stopped(faults: Faults, tally: Tally) -> None:
             for pid in stopped:
                 os.kill(pid, signal.SIGSTOP)
             faults.stop_telling("hold")
-            await asyncio.sleep(PAST_TTL_S)
+            await faults.expired(held[0])
             faults.stop_telling("ttl")
             for pid in reversed(stopped):
                 os.kill(pid, signal.SIGCONT)
@@ -396,29 +406,21 @@ async def reader_stopped(faults: Faults, tally: Tally) -> None:
 async def abort_before_the_read(faults: Faults, tally: Tally) -> None:
     longest_s = {"sim": 0.05, "vllm": 0.3}[faults.engine]
 
-    def after(seconds: float) -> Callable[[int], Awaitable[None]]:
-        async def abort(tokens: int) -> None:
-            await asyncio.sleep(seconds)
-
-        return abort
+    def after(seconds: float) -> Callable[[], Awaitable[object]]:
+        return lambda: asyncio.sleep(seconds)
 
     async with asyncio.TaskGroup() as requests:
-        for number in range(REQUESTS):
-            at_first_token = number % 2
-            abort = _after_tokens(1) if at_first_token else after(faults.random.uniform(0, longest_s))
-            requests.create_task(faults.ask(tally, abort))
+        for _ in range(REQUESTS // 2):
+            requests.create_task(faults.ask(tally, after(faults.random.uniform(0, longest_s))))
+            requests.create_task(faults.ask(tally, tokens_max=1))
 
 
 async def abort_during_the_read(faults: Faults, tally: Tally) -> None:
     now = asyncio.Event()
-
-    async def abort(tokens: int) -> None:
-        await now.wait()
-
     with faults.told("hold"):
         async with asyncio.TaskGroup() as requests:
             for _ in range(REQUESTS):
-                requests.create_task(faults.ask(tally, abort))
+                requests.create_task(faults.ask(tally, now.wait))
             await faults.held(tally)
             now.set()
             await asyncio.sleep(0.02)
@@ -428,15 +430,7 @@ async def abort_during_the_read(faults: Faults, tally: Tally) -> None:
 async def abort_after_the_read(faults: Faults, tally: Tally) -> None:
     async with asyncio.TaskGroup() as requests:
         for _ in range(REQUESTS):
-            requests.create_task(faults.ask(tally, _after_tokens(faults.random.randrange(2, ANSWER_TOKENS))))
-
-
-def _after_tokens(count: int) -> Callable[[int], Awaitable[None]]:
-    async def abort(tokens: int) -> None:
-        if tokens < count:
-            raise NotYet
-
-    return abort
+            requests.create_task(faults.ask(tally, tokens_max=faults.random.randrange(2, ANSWER_TOKENS)))
 
 
 async def peer_restarted(faults: Faults, tally: Tally) -> None:
@@ -467,10 +461,14 @@ async def handles_forged(faults: Faults, tally: Tally) -> None:
 
 
 async def handles_swapped(faults: Faults, tally: Tally) -> None:
+    said = faults.said()
     with faults.told("swap"):
         async with asyncio.TaskGroup() as requests:
             for _ in range(REQUESTS):
                 requests.create_task(faults.ask(tally))
+            await faults.heard("swapped", said)
+            await asyncio.sleep(OTHERS_WITHIN_S)
+            faults.stop_telling("swap")
 
 
 Case = Callable[[Faults, Tally], Awaitable[None]]
@@ -491,8 +489,13 @@ CASES: Mapping[str, Case] = {
 #: Those that kill workers; it takes some ten seconds to replace a real engine.
 KILLING = frozenset({"owner killed in mid-read", "reader killed in mid-read", "peer restarted on its port"})
 
-#: What workers say of these cases, if it was done to them at all.
-DONE = {"releases doubled, late, early": "scrambled", "handles tampered, replayed, another's": "tampered-REFUSED"}
+#: What workers say of these cases, when it was done to them. The others wait in their middle for what they do.
+DONE = {
+    "peer restarted on its port": {"same-port"},
+    "releases doubled, late, early": {"scrambled", "overtaken"},
+    "handles tampered, replayed, another's": {"tampered-REFUSED", "stranger-REFUSED"},
+    "handles of other requests": {"swapped"},
+}
 
 
 async def run_case(faults: Faults, name: str, runs: int) -> Tally:
@@ -506,8 +509,9 @@ async def run_case(faults: Faults, name: str, runs: int) -> Tally:
     if name in KILLING:
         await faults.all_ready()
     tally.said = faults.said() - said
-    if word := DONE.get(name):
-        assert tally.said[word], f"nothing was done to the workers: {tally}"
+    undone = DONE.get(name, set()) - tally.said.keys()
+    assert not undone, f"not done to the workers: {undone}, {tally}"
+    assert tally.aborted or not name.startswith("abort"), f"no request was given up: {tally}"
     tally.seconds = time.monotonic() - began
     return tally
 
@@ -523,11 +527,8 @@ async def run_aborts(faults: Faults, aborts: int, at_once: int = 16) -> Tally:
         while tally.aborted < aborts:
             seconds = faults.random.uniform(0, whole_s)
 
-            async def abort(tokens: int, seconds: float = seconds) -> None:
-                await asyncio.sleep(seconds)
-
             asked = time.monotonic()
-            await faults.ask(tally, abort)
+            await faults.ask(tally, lambda seconds=seconds: asyncio.sleep(seconds))  # type: ignore[misc]
             took_s = time.monotonic() - asked
             if took_s < seconds:  # it ended by itself
                 whole_s += (took_s - whole_s) / 8

@@ -6,9 +6,10 @@
     ttl          leases last at most so many seconds
     scramble     releases are sent again, late and out of order, some before the read they belong to
     handles      every fetch is preceded by attempts with handles that must be refused, see `_attack`
-    swap         decode legs get each other's handles
+    swap         decode legs wait for each other and get each other's handles, until this is gone
     blind        readers take every lease word for the right one: what the tests must then find out
     ports/NAME   where the KvPeer of that worker listened in its former life, and will again
+    expired/NAME the lease of this transfer has ended because its time was over
     log/         what came of it: a file for each process, a word in each line
 """
 
@@ -24,7 +25,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,21 @@ from typing import Any
 from kv_transfer import registry, wire
 from kv_transfer.api import FetchError
 from kv_transfer.board import Board, RowHeader
-from kv_transfer.lease import LeaseTable
+from kv_transfer.lease import Lease, LeaseEvent, LeaseTable
 from kv_transfer.node import KvNode
 from kv_transfer.peer import PeerClient
+from kv_transfer.reading import Reading
 from kv_transfer.segments import pieces
-from kv_transfer.transport import ARENA, ReadTimedOut, Region, Segments, Transport
+from kv_transfer.transport import ARENA, Forwarding, ReadTimedOut, Segments, Transport
 from protos import kv_pb2
 
 _LOOK_EVERY_S = 0.002
-_SWAP_WAIT_S = 0.3
 _LATE_S_MAX = 0.4
+#: Of the fetches of a process, one in so many has its lease ended before it begins.
+_OVERTAKEN_EVERY = 3
+
+#: `transfer` of the read that this thread is at; what peers read when they meet is not of any.
+_reading = threading.local()
 
 
 class Folder:
@@ -50,7 +56,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._numbers = itertools.count()
-        for name in ("held", "ports", "log", "handles-seen"):
+        for name in ("held", "ports", "log", "handles-seen", "expired"):
             (path / name).mkdir(exist_ok=True)
 
     def has(self, name: str) -> bool:
@@ -67,11 +73,11 @@ class Folder:
             log.write(word + "\n")
 
     @contextmanager
-    def held(self, owner: str, reader: str) -> Iterator[None]:
+    def held(self, owner: str, reader: str, transfer: str) -> Iterator[None]:
         name = f"{os.getpid()}-{next(self._numbers)}"
         marker = self.path / "held" / name
         writing = self.path / f"{name}.writing"
-        writing.write_text(json.dumps({"owner": owner, "reader": reader, "pid": os.getpid()}))
+        writing.write_text(json.dumps({"owner": owner, "reader": reader, "transfer": transfer}))
         writing.rename(marker)
         try:
             yield
@@ -79,30 +85,21 @@ class Folder:
             marker.unlink(missing_ok=True)  # the test clears up after the killed
 
 
-class Stopping:
+class Stopping(Forwarding):
     """A transport whose reads of KV stop in the middle while the test wants them to."""
 
     def __init__(self, transport: Transport, folder: Folder) -> None:
-        self._transport = transport
+        super().__init__(transport)
         self._folder = folder
-        self.name = transport.name
-
-    def register(self, regions: Mapping[str, Region]) -> None:
-        self._transport.register(regions)
-
-    def export(self) -> bytes:
-        return self._transport.export()
-
-    def connect(self, peer: str, incarnation: str, exported: bytes) -> None:
-        self._transport.connect(peer, incarnation, exported)
 
     def read(self, peer: str, segments: Segments, timeout_s: float) -> None:
-        if segments.remote_region != ARENA or not self._folder.has("hold"):
-            return self._transport.read(peer, segments, timeout_s)
+        transfer = getattr(_reading, "transfer", "")
+        if segments.remote_region != ARENA or not transfer or not self._folder.has("hold"):
+            return super().read(peer, segments, timeout_s)
         deadline = time.monotonic() + timeout_s
         first, *rest = pieces(segments, max(1, segments.nbytes // 2))
-        self._transport.read(peer, first, timeout_s)
-        with self._folder.held(peer, os.environ.get("FAULTS_READER", "")):
+        super().read(peer, first, timeout_s)
+        with self._folder.held(peer, os.environ.get("FAULTS_READER", ""), transfer):
             while self._folder.has("hold"):
                 if time.monotonic() > deadline:
                     raise ReadTimedOut(f"the read from {peer} is past its deadline")
@@ -110,21 +107,13 @@ class Stopping:
         for piece in rest:
             if time.monotonic() > deadline:
                 raise ReadTimedOut(f"the read from {peer} is past its deadline")
-            self._transport.read(peer, piece, deadline - time.monotonic())
-
-    def lane(self, peer: str) -> str:
-        return self._transport.lane(peer)
-
-    def disconnect(self, peer: str) -> None:
-        self._transport.disconnect(peer)
-
-    def close(self) -> None:
-        self._transport.close()
+            super().read(peer, piece, deadline - time.monotonic())
 
 
 def install(path: str) -> None:
     folder = Folder(Path(path))
     _stop_reads(folder)
+    _name_reads()
     _shorten_leases(folder)
     _keep_ports(folder)
     _scramble_releases(folder)
@@ -142,7 +131,32 @@ def _stop_reads(folder: Folder) -> None:
     registry.make_transports = make_transports
 
 
+def _name_reads() -> None:
+    run = Reading.run
+
+    @functools.wraps(run)
+    def run_named(self: Reading, bytes_in: Callable[[], None]) -> None:
+        _reading.transfer = self.handle.transfer_id
+        try:
+            run(self, bytes_in)
+        finally:
+            del _reading.transfer
+
+    Reading.run = run_named  # type: ignore[method-assign]
+
+
 def _shorten_leases(folder: Folder) -> None:
+    end = LeaseTable._end
+
+    @functools.wraps(end)
+    def end_and_tell(self: LeaseTable, lease: Lease, event: LeaseEvent) -> bool:
+        ended = end(self, lease, event)
+        if ended and event is LeaseEvent.EXPIRE:
+            (folder.path / "expired" / lease.transfer_id.replace("/", ":")).touch()
+        return ended
+
+    LeaseTable._end = end_and_tell  # type: ignore[method-assign]
+
     def get(self: LeaseTable) -> float:
         told = folder.text("ttl")
         return float(told) if told else self.__dict__["_ttl_s_max"]
@@ -186,6 +200,7 @@ def _is_free(port: int) -> bool:
 
 def _scramble_releases(folder: Folder) -> None:
     release, fetch = PeerClient.release, KvNode.fetch
+    fetches = itertools.count()
 
     @functools.wraps(release)
     def release_again(self: PeerClient, handle: bytes, timeout_s: float, done: Callable[[bool], None]) -> bool:
@@ -200,7 +215,7 @@ def _scramble_releases(folder: Folder) -> None:
 
     @functools.wraps(fetch)
     def fetch_overtaken(self: KvNode, handle: bytes, *more: Any, **named: Any) -> Any:
-        if folder.has("scramble") and random.random() < 0.3:
+        if folder.has("scramble") and next(fetches) % _OVERTAKEN_EVERY == 0:
             owner = PeerClient(wire.parse_handle(handle).owner_address, secret=self._secret, tls=None)
             owner._stub.Release(kv_pb2.ReleaseRequest(handle=wire.parse_handle(handle)), timeout=2.0)
             owner.close()
@@ -282,12 +297,12 @@ def _swap_handles(folder: Folder) -> None:
         entry = (order, future)
         waiting.append(entry)
         try:
-            return dataclasses.replace(order, handle=await asyncio.wait_for(future, _SWAP_WAIT_S))
-        except TimeoutError:
-            return order
+            while folder.has("swap") and not future.done():
+                await asyncio.wait((future,), timeout=_LOOK_EVERY_S)
         finally:
             if entry in waiting:
                 waiting.remove(entry)
+        return dataclasses.replace(order, handle=future.result()) if future.done() else order
 
     @functools.wraps(serve)
     async def serve_swapped(self: DecodeService, order: DecodeOrder, *more: Any, **named: Any) -> None:
