@@ -6,8 +6,9 @@ Nothing here needs the two to share a process. An edge in another process gets i
 from __future__ import annotations
 
 import asyncio
+import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from router.core.effects import ClientEvent, Failed, Finished, Tokens
@@ -17,6 +18,8 @@ from router.core.snapshot import Snapshot
 from router.core.stats import Stats
 from router.core.story import Story
 from router.core.worker import ModelFacts, Role
+
+_log = logging.getLogger(__name__)
 
 
 class ModelView(NamedTuple):
@@ -117,6 +120,21 @@ class RequestStream:
         """The reader leaves. Idempotent; cancels what has not ended."""
         if self._end is None:
             self._cancel(self._key)
+
+
+class Arriving(Protocol):
+    def arrived(self) -> None:
+        """After what was put, once all that belongs to its event is done."""
+        ...
+
+
+def tell_readers(streams: Iterable[Arriving]) -> None:
+    """Of what came for them. A fault of one reader's is not the others'."""
+    for stream in streams:
+        try:
+            stream.arrived()
+        except Exception:
+            _log.exception("internal error")
 
 
 class CorePort(Protocol):

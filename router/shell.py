@@ -24,7 +24,7 @@ from router.core.stats import Stats
 from router.core.story import Story
 from router.core.usage import UsageFacts
 from router.core.worker import ModelFacts, Role, WorkerFacts
-from router.port import ModelView, RequestStream
+from router.port import ModelView, RequestStream, tell_readers
 
 WorkerEffect = (
     fx.SendPrefill
@@ -75,7 +75,8 @@ class Shell:
         self._timer: asyncio.TimerHandle | None = None
         self._armed_for = 0.0
         self._idle = asyncio.Event()
-        #: What the core raised, if it ever did: a fault of ours after which its state can't be trusted.
+        #: What the core raised, or carrying out what it wants, if that ever did: a fault of ours, after which neither
+        #: its state can be trusted nor that everybody knows of it.
         self.fault: Exception | None = None
         #: Called once, when that happens.
         self.on_fault: Callable[[], None] = lambda: None
@@ -97,14 +98,13 @@ class Shell:
         if self.fault is not None:
             return
         try:
-            effects = self._core.handle(self.now(), event)
+            for effect in self._core.handle(self.now(), event):
+                self._do(effect)
+            self._arm()
         except Exception as fault:
             self.fault = fault
             self.on_fault()
             raise
-        for effect in effects:
-            self._do(effect)
-        self._arm()
         if isinstance(event, _ABOUT_WORKERS):
             self.on_workers_changed()
 
@@ -137,8 +137,7 @@ class Shell:
         """Tells readers what came for them. Once for all that one turn of the loop brought, so that what several
         engine steps gave an answer while we lagged is one piece; whoever read it can call this sooner."""
         touched, self._touched = self._touched, {}
-        for stream in touched:  # whose readers may handle events of their own
-            stream.arrived()
+        tell_readers(touched)  # who may handle events of their own
 
     def _arm(self) -> None:
         """One timer, for the core's next deadline. A core that wants an earlier one gets it; a later one waits for

@@ -19,7 +19,7 @@ from router.core.tenant import TenantBook
 from router.core.worker import Role
 from router.edges import wire
 from router.edges.link import Link
-from router.port import ModelView, RequestStream
+from router.port import ModelView, RequestStream, tell_readers
 
 _ANSWER_S_MAX = 5.0
 #: Every process reads its files again.
@@ -74,15 +74,14 @@ class FarCore:
     def deliver(self) -> None:
         """Tells readers what came for them, once for all that one read brought."""
         touched, self._touched = self._touched, {}
-        for stream in touched:
-            stream.arrived()
+        tell_readers(touched)
 
     def lost(self) -> None:
         """The core is gone, and with it every request."""
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.put(Failed(_core_is_gone()))
-            stream.arrived()
+        tell_readers(streams.values())
         self._models = [view._replace(ready=False) for view in self._models]
         self.on_workers_changed()
 

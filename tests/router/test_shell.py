@@ -182,3 +182,43 @@ async def test_after_a_fault_of_the_core_nothing_is_handled_any_more(monkeypatch
     request(made, "later")
     assert links.effects == []
     made.stop()
+
+
+async def test_a_fault_in_what_the_core_wants_done_is_one_of_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, links = shell()
+    made.joined(facts("b", Role.BOTH))
+    told: list[bool] = []
+    made.on_fault = lambda: told.append(True)
+
+    def broken(effect: WorkerEffect) -> None:
+        raise AssertionError("a fault of ours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(links, "send", broken)
+        with pytest.raises(AssertionError):
+            request(made)
+    assert told == [True]
+    request(made, "later")
+    assert links.effects == []
+    made.stop()
+
+
+async def test_a_reader_at_fault_keeps_nothing_from_others(caplog: pytest.LogCaptureFixture) -> None:
+    made, links = shell()
+    made.joined(facts("b", Role.BOTH))
+    readers = [request(made, name) for name in "xy"]
+    async with asyncio.TaskGroup() as tasks:
+        waiting = [tasks.create_task(anext(reader)) for reader in readers]
+        await asyncio.sleep(0)
+
+        def take() -> bool:
+            raise AssertionError("a fault of this reader's")
+
+        readers[0].at_once(take)
+        legs = [effect.leg_id for effect in links.effects if isinstance(effect, fx.SendDecode)]
+        made.handle(ev.StepOutputs("b", tuple(ev.StepOutput(leg_id, (4,)) for leg_id in legs)))
+        made.deliver()
+        assert "a fault of this reader's" in caplog.text
+        waiting[0].cancel()
+    assert waiting[1].result() == Tokens((4,), ())
+    made.stop()
