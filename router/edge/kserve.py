@@ -265,7 +265,7 @@ async def _streamed(begun: Begun, infer: Infer, write_now: Callable[[bytes], boo
     def say(part: Part) -> bool:
         if before or not text_alone:
             return False
-        return not part.text or write_now(reply.streamed(((part.text.encode(),),)))
+        return not part.text or write_now(reply.text(part.text))
 
     async for part in begun.answer.parts(say):
         if isinstance(part, End):
@@ -276,7 +276,7 @@ async def _streamed(begun: Begun, infer: Infer, write_now: Callable[[bytes], boo
                 yield reply.empty_final()
         elif text_alone:
             if part.text:
-                yield reply.streamed((((before + part.text).encode(),),))
+                yield reply.text(before + part.text)
                 before = ""
         elif part.text or part.token_ids:
             cumulative += sum(entry.logprob for entry in part.logprobs)

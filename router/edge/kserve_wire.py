@@ -19,6 +19,9 @@ VERSION = "1"
 PLATFORM = "tandem"
 FINAL = "triton_final_response"
 
+#: Of a text whose length in UTF-8, and four bytes that say it, is one byte on the wire.
+_SHORT_BYTES = 123
+
 InferRequest = kserve_pb2.ModelInferRequest
 
 #: Which field of `contents` holds a datatype's elements.
@@ -130,6 +133,27 @@ class Reply:
         self._lengths = [0] * len(outputs)
         if say_final:
             self._response.parameters[FINAL].bool_param = False
+        #: What comes before the raw bytes of an only element.
+        self._before_raw = b""
+
+    def text(self, text: str) -> bytes:
+        """`streamed`, where the one output is a text. Most are short, in an envelope that is the same every time."""
+        data = text.encode()
+        if not self._raw or len(data) > _SHORT_BYTES:
+            return self.streamed(((data,),))
+        if not self._before_raw:
+            self._before_raw = self._envelope()
+        # Field 2, the response, with its last one, 6: the raw bytes, four of which say how many follow.
+        size = len(self._before_raw) + len(data) + 6
+        raw = b"\x32%c%c\0\0\0%s" % (len(data) + 4, len(data), data)
+        return b"".join((b"\x12", _varint(size), self._before_raw, raw))
+
+    def _envelope(self) -> bytes:
+        envelope = kserve_pb2.ModelInferResponse()
+        envelope.CopyFrom(self._response)
+        envelope.outputs[0].shape[:] = [1]
+        del envelope.raw_output_contents[:]
+        return envelope.SerializeToString()
 
     def streamed(self, values: Sequence[Sequence[Element]], *, final: bool = False) -> bytes:
         """Values in the order of outputs."""
@@ -159,6 +183,10 @@ class Reply:
                 getattr(response.outputs[at].contents, _CONTENTS[datatype])[:] = elements
         if self._say_final and final:
             response.parameters[FINAL].bool_param = True
+
+
+def _varint(value: int) -> bytes:
+    return bytes((value,)) if value < 128 else bytes((value & 127 | 128,)) + _varint(value >> 7)
 
 
 def failed(request: InferRequest | None, text: str) -> bytes:
