@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -637,7 +637,8 @@ class KvNode:
         now = time.monotonic()
         if now >= job.extend_at:
             job.extend_at = now + self.limits.extend_after_s
-            self._courier.submit(peer.client.extend, raw, job.deadline - now, self.limits.release_timeout_s)
+            with suppress(RuntimeError):  # no thread: as if it got lost
+                self._courier.submit(peer.client.extend, raw, job.deadline - now, self.limits.release_timeout_s)
 
     def _bytes_in(self, job: _Job) -> None:
         with self._lock:
@@ -671,17 +672,26 @@ class KvNode:
             room = self._releases_in_flight < self.limits.releases_in_flight
             self._releases_in_flight += room
             self._releases_lost += not room
-        if room:
+        if not room:
+            return
+        try:
             self._courier.submit(self._release_there, handle, raw, peer, time.monotonic() + _GIVE_WAY_S)
+        except RuntimeError:  # the node was closed before this fetch came to its end, or there is no thread
+            self._owner_told(False)
 
     def _release_there(self, handle: Handle, raw: bytes, peer: Peer | None, due: float) -> None:
         time.sleep(max(0.0, due - time.monotonic()))
-        if peer is not None and peer.client.release(raw, self.limits.release_timeout_s, self._owner_told):
-            return
-        # Never met, or forgotten since the read failed; it may be within reach of a call.
-        client = PeerClient(handle.owner_address, secret=self._secret, tls=self._tls)
-        client.release(raw, self.limits.release_timeout_s, self._owner_told)
-        client.close()
+        try:
+            if peer is not None and peer.client.release(raw, self.limits.release_timeout_s, self._owner_told):
+                return
+            # Never met, or forgotten since the read failed; it may be within reach of a call.
+            client = PeerClient(handle.owner_address, secret=self._secret, tls=self._tls)
+            client.release(raw, self.limits.release_timeout_s, self._owner_told)
+        except Exception:
+            log.exception("%s: the release of %s was not sent", self.name, handle.transfer_id)
+            self._owner_told(False)
+        else:
+            client.close()
 
     def _owner_told(self, arrived: bool) -> None:
         with self._lock:

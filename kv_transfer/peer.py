@@ -157,7 +157,13 @@ class PeerClient:
             if self._closing:
                 return False
             self._outstanding += 1
-        call().add_done_callback(lambda future: self._sent(future, done))
+        try:
+            sent = call()
+        except BaseException:
+            with self._lock:
+                self._outstanding -= 1
+            raise
+        sent.add_done_callback(lambda future: self._sent(future, done))
         return True
 
     def _sent(self, call: grpc.Future, done: Callable[[bool], None]) -> None:

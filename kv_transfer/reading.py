@@ -34,6 +34,8 @@ _PAUSE_MAX_S = 0.05
 #: what looking adds to a transfer's end; some ten looks for every chunk are what it costs.
 _EARLY = 1 / 16
 _OFTEN = 1 / 128
+#: A chunk is foretold for so long at most: one stall must not put off what comes at once after it.
+_FORETOLD_MAX_S = 1.0
 #: A chunk that took longer than the last by more than this factor was held up.
 _SLOWER_MAX = 1.25
 #: While it is not known how long a chunk takes: the pause grows from this by this factor.
@@ -85,7 +87,7 @@ class Pace:
         chunk_s = self._block_s * self._chunk_blocks
         # The last chunk may be a small one.
         due = self._grew_at + min(chunk_s, self._block_s * self._left)
-        early = due - chunk_s * _EARLY - now
+        early = min(due - chunk_s * _EARLY - now, _FORETOLD_MAX_S)
         # The later it is, the less a moment more matters.
         often = max(chunk_s * _OFTEN, (now - due) / 8)
         return max(early, min(max(often, _PAUSE_MIN_S), _PAUSE_MAX_S))

@@ -35,12 +35,12 @@ class DaemonThreads(Executor):
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new work after shutdown")
+            if len(self._threads) < min(self._open + 1, self._limit):
+                thread = threading.Thread(target=self._serve, name=f"{self._name}-{len(self._threads)}", daemon=True)
+                thread.start()  # or it raises, and nothing was submitted
+                self._threads.append(thread)
             self._open += 1
             self._work.put(lambda: _run(future, fn, *args, **kwargs))
-            if len(self._threads) < min(self._open, self._limit):
-                thread = threading.Thread(target=self._serve, name=f"{self._name}-{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
         return future
 
     def _serve(self) -> None:

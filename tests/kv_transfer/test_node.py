@@ -7,9 +7,11 @@ import threading
 import grpc
 import pytest
 
+from kv_transfer import node
 from kv_transfer.api import FetchError, NodeLimits, OfferRefused, Outcome
 from kv_transfer.inproc import InprocHub, InprocTransport
 from kv_transfer.node import KvNode
+from kv_transfer.peer import PeerClient
 from kv_transfer.segments import ArenaMap
 from kv_transfer.transport import ARENA, STAGING, Region
 from protos import kv_pb2, kv_pb2_grpc
@@ -110,6 +112,39 @@ def test_a_release_that_gets_lost_costs_time_not_blocks(world: World) -> None:
     assert reader.node.stats().releases_lost_total == 1
     eventually(lambda: owner.node.take_ended() == ["t"])
     assert owner.node.stats().leases_expired_total == 1
+
+
+def test_releases_that_could_not_be_sent_take_nobodys_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, reader = world.open("p"), world.open("d", limits=NodeLimits(releases_in_flight=1))
+    assert not reader.node.connect(peer="p", address=owner.node.address).refusal
+
+    def no_thread(*arguments: object) -> bool:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PeerClient, "release", no_thread)
+        reader.node.discard(reader.node.fetch(owner.offer("a"), 5.0).staged_id)
+        eventually(lambda: reader.node.stats().releases_lost_total == 1)
+    reader.node.discard(reader.node.fetch(owner.offer("b"), 5.0).staged_id)
+    eventually(lambda: owner.node.take_ended() == ["b"])
+
+
+def test_a_fetch_that_outlasts_the_nodes_end_fails_as_any_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "_CLOSE_GRACE_S", 0.0)
+    owner, reader = world.open("p"), world.open("d", limits=NodeLimits(piece_bytes=4096))
+    reader.node.connect(peer="p", address=owner.node.address)
+    handle, closing = owner.offer(), threading.Thread(target=reader.node.close)
+
+    def close() -> None:
+        closing.start()
+        eventually(lambda: reader.node._courier._closed)
+
+    reader.during_read(close)
+    with pytest.raises(FetchError) as raised:
+        reader.node.fetch(handle, 60.0)
+    assert raised.value.outcome is Outcome.FAILED
+    closing.join()
+    assert reader.node.stats().fetches_in_flight == 0
 
 
 def test_closing_ends_leases_and_fetches_and_may_come_twice(world: World) -> None:

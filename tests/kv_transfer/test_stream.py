@@ -490,6 +490,13 @@ def test_a_chunk_that_was_held_up_does_not_hold_up_the_next(pace: Pace) -> None:
     assert pace.pause_s(12.0) <= 0.4 * 1.25
 
 
+def test_a_stall_before_the_second_chunk_does_not_put_off_the_third() -> None:
+    pace = Pace()
+    pace.looked(10.0, 8, 100)
+    pace.looked(40.0, 8, 92)
+    assert pace.pause_s(40.0) <= 1.0
+
+
 def test_the_last_chunk_is_due_earlier_when_it_is_small(pace: Pace) -> None:
     pace.looked(10.8, 8, 2)
     assert pace.pause_s(10.8) == pytest.approx(0.1 - 0.4 / 16)

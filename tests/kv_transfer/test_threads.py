@@ -47,6 +47,20 @@ def test_shutdown_ends_what_was_submitted_and_refuses_more() -> None:
         threads.submit(lambda: 7)
 
 
+def test_a_thread_that_cannot_be_started_is_told_and_the_next_one_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threads, ran = DaemonThreads(1, "test"), threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_more)
+        with pytest.raises(RuntimeError, match="new thread"):
+            threads.submit(ran.set)
+    assert threads.submit(lambda: 7).result(10) == 7
+    threads.shutdown()
+    assert not ran.is_set(), "what was refused must not be done"
+
+
 def test_cancelled_work_does_not_run() -> None:
     threads = DaemonThreads(1, "test")
     gate, ran = threading.Event(), threading.Event()
