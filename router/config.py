@@ -257,6 +257,10 @@ class RouterConfig:
         for name in ("model_name", "router_id", "host"):
             if not getattr(self, name):
                 found.append(f"{name}: must not be empty")
+        if self.host.startswith("["):
+            found.append(
+                f"host: brackets are for addresses with a port: must be {self.host.strip('[]')}, is {self.host}"
+            )
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         if self.log_level not in levels:
             found.append(f"log_level: must be one of {', '.join(levels)}, is {self.log_level!r}")

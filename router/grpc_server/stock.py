@@ -32,7 +32,7 @@ class StockServer:
 
     def bind(self, host: str, port: int, tls: Tls | None, *, shared: bool = False) -> int:
         """Raises OSError."""
-        address = f"{host}:{port}"
+        address = f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if tls is None:
                 return self._server.add_insecure_port(address)

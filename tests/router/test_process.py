@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event
 from urllib.request import urlopen
 
@@ -56,6 +57,22 @@ def test_it_says_where_it_listens_serves_metrics_and_stops_on_sigterm() -> None:
         assert router.wait(WAIT_S) == 0
 
 
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine speaks IPv4 only")
+@pytest.mark.parametrize(("edges", "grpc_server"), [(1, "tandem"), (2, "grpcio")])
+def test_it_listens_on_an_ipv6_address(edges: int, grpc_server: str) -> None:
+    made = config(
+        host="::1", http_port=0, metrics_port=0, edges=edges, worker_listen="[::1]:0", grpc_server=grpc_server
+    )
+    with process(to_json(made)) as router:
+        where = ports(router)
+        for port in (where["port"], where["worker_port"]):
+            with grpc.insecure_channel(f"[::1]:{port}") as channel:
+                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+        for port, path in ((where["http_port"], "version"), (where["metrics_port"], "metrics")):
+            with urlopen(f"http://[::1]:{port}/{path}", timeout=WAIT_S) as page:
+                assert page.status == 200
+
+
 def test_a_second_signal_does_not_wait_for_what_runs() -> None:
     with process(to_json(config())) as router, grpc.insecure_channel(f"127.0.0.1:{ports(router)['port']}") as channel:
         left = Event()
@@ -94,6 +111,7 @@ def test_a_taken_port_is_said_with_an_exit_code_of_its_own() -> None:
         ({"port": 99999}, "port"),
         ({"model_dir": "/nowhere"}, "model_dir"),
         ({"edges": 0}, "edges"),
+        ({"host": "[::1]"}, "host.*must be ::1"),
         ({"edges": 2}, "worker_listen"),
         ({"load_report_interval_s": 20.0}, "load_report_interval_s"),
         ({"requests": {"stop_strings_max": 0}}, "requests.stop_strings_max"),
