@@ -16,6 +16,10 @@ class StepBatch:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def __contains__(self, leg_id: str) -> bool:
+        """Whether an output of its waits."""
+        return leg_id in self._waiting
+
     def add(self, leg_id: str, output: StepOutput) -> None:
         self._waiting.setdefault(leg_id, []).append(output)
 

@@ -279,10 +279,12 @@ class Peer(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., kv: _Optional[_Union[KvEndpoint, _Mapping]] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
-    __slots__ = ("outputs",)
+    __slots__ = ("outputs", "firsts")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    FIRSTS_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[StepOutput]
-    def __init__(self, outputs: _Optional[_Iterable[_Union[StepOutput, _Mapping]]] = ...) -> None: ...
+    firsts: int
+    def __init__(self, outputs: _Optional[_Iterable[_Union[StepOutput, _Mapping]]] = ..., firsts: _Optional[int] = ...) -> None: ...
 
 class StepOutput(_message.Message):
     __slots__ = ("leg_id", "token_ids", "finish_reason", "logprobs", "cached_tokens")

@@ -59,6 +59,11 @@ class _Link:
         if len(self._waiting) > _OUTBOX_MAX:
             self.close(f"it left {_OUTBOX_MAX} messages unread")
 
+    def carry_out(self) -> None:
+        """What its worker said so far, which otherwise waits until all that came with it was handed on."""
+        if self._call is not None:
+            self._call.carry_out()
+
     async def get(self) -> wire.RouterMessage:
         while not self._waiting:
             self._filled.clear()
@@ -171,8 +176,9 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
         def take(message: wire.WorkerMessage) -> None:
             if self._links.get(worker_id) is not link:
                 return
-            event = wire.event(worker_id, message)
-            if event is not None:
+            for number, event in enumerate(wire.events(worker_id, message)):
+                if number:  # what begins answers reaches its readers before the rest is looked at
+                    link.carry_out()
                 self._shell.handle(event)
 
         try:

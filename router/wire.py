@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from protos import inference_pb2, worker_link_pb2
 from router.core import effects as fx
@@ -88,11 +89,18 @@ def facts(hello: worker_link_pb2.Hello) -> WorkerFacts:
     )
 
 
-def event(worker_id: str, message: WorkerMessage) -> ev.Event | None:
-    """None for what a newer worker says, and for a second hello."""
+def events(worker_id: str, message: WorkerMessage) -> Sequence[ev.Event]:
+    """None for what a newer worker says, and for a second hello. Of a step, what begins answers comes first, alone."""
+    if message.HasField("step"):
+        outputs, firsts = tuple(map(_step_output, message.step.outputs)), message.step.firsts
+        parts = (outputs[:firsts], outputs[firsts:]) if 0 < firsts < len(outputs) else (outputs,)
+        return [ev.StepOutputs(worker_id, part) for part in parts]
+    event = _event(worker_id, message)
+    return () if event is None else (event,)
+
+
+def _event(worker_id: str, message: WorkerMessage) -> ev.Event | None:
     match message.WhichOneof("message"):
-        case "step":
-            return ev.StepOutputs(worker_id, tuple(map(_step_output, message.step.outputs)))
         case "prefill_done":
             return _prefill_done(worker_id, message.prefill_done)
         case "fetched":

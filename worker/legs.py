@@ -38,7 +38,7 @@ class Reply(Protocol):
     def offered(self, leg_id: str, handle: bytes) -> None: ...
     def prefill_done(self, leg_id: str, result: PrefillResult) -> None: ...
     def fetched(self, leg_id: str, staged: Staged) -> None: ...
-    def step(self, leg_id: str, output: StepOutput) -> None: ...
+    def step(self, leg_id: str, output: StepOutput, *, first: bool = False) -> None: ...
     def failed(self, leg_id: str, kind: FailureKind, detail: str) -> None: ...
 
 
@@ -53,6 +53,8 @@ class Leg:
         self.engine_leg_id = engine_leg_id
         #: What it needs of the worker: PREFILL or DECODE.
         self.role = role
+        #: It has said tokens.
+        self.began = False
         self.ended = False
 
     def offered(self, handle: bytes) -> None:
@@ -70,7 +72,8 @@ class Leg:
 
     def step(self, output: StepOutput) -> None:
         if not self.ended:
-            self.reply.step(self.leg_id, output)
+            self.reply.step(self.leg_id, output, first=not self.began)
+            self.began = True
             if output.finish_reason:
                 self._end("served")
 

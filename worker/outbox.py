@@ -1,8 +1,9 @@
 """What is on its way to one router.
 
 Step outputs are joined: what one engine step gave all of a router's legs, and whatever came on top while the stream was
-slow, leaves as one message. So `take` may reorder across legs, but never within one: what precedes a leg's outputs
-(`Fetched`) leaves before them, what ends the leg (`LegFailed`) after.
+slow, leaves as one message, with what legs began with in front: somebody waits for an answer's first words longer than
+for any others. So `take` may reorder across legs, but never within one: what precedes a leg's outputs (`Fetched`)
+leaves before them, what ends the leg (`LegFailed`) after.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Outbox:
         self._entries_max = entries_max
         self._notices: list[wire.WorkerMessage] = []
         self._load: wire.WorkerMessage | None = None
-        self._steps = StepBatch()
+        #: Of legs whose first output waits, all that waits; the others' outputs.
+        self._firsts, self._steps = StepBatch(), StepBatch()
         self._failures: list[wire.WorkerMessage] = []
         self._something = asyncio.Event()
         self.overflowed = asyncio.Event()
@@ -36,9 +38,10 @@ class Outbox:
     def fetched(self, leg_id: str, staged: Staged) -> None:
         self._put(self._notices, wire.fetched(leg_id, staged))
 
-    def step(self, leg_id: str, output: StepOutput) -> None:
+    def step(self, leg_id: str, output: StepOutput, *, first: bool = False) -> None:
         if self._has_room():
-            self._steps.add(leg_id, output)
+            batch = self._firsts if first or leg_id in self._firsts else self._steps
+            batch.add(leg_id, output)
             self._something.set()
 
     def failed(self, leg_id: str, kind: FailureKind, detail: str) -> None:
@@ -71,8 +74,8 @@ class Outbox:
         if self._load:
             taken.append(self._load)
             self._load = None
-        while outputs := self._steps.take():
-            taken.append(wire.steps(outputs))
+        while (firsts := self._firsts.take()) or self._steps:
+            taken.append(wire.steps([*firsts, *self._steps.take()], firsts=len(firsts)))
         taken += self._failures
         self._failures = []
         return taken
@@ -83,6 +86,6 @@ class Outbox:
             self._something.set()
 
     def _has_room(self) -> bool:
-        if len(self._notices) + len(self._steps) + len(self._failures) >= self._entries_max:
+        if len(self._notices) + len(self._firsts) + len(self._steps) + len(self._failures) >= self._entries_max:
             self.overflowed.set()
         return not self.overflowed.is_set()

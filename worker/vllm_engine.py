@@ -94,7 +94,7 @@ class _Leg:
     def fetched(self, leg_id: str, staged: Staged) -> None:
         """Metrics tell."""
 
-    def step(self, leg_id: str, output: StepOutput) -> None:
+    def step(self, leg_id: str, output: StepOutput, *, first: bool = False) -> None:
         self._steps.add(leg_id, output)
         self._said.set()
 

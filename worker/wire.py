@@ -245,9 +245,11 @@ def fetched(leg_id: str, staged: Staged) -> WorkerMessage:
     )
 
 
-def steps(outputs: Sequence[tuple[str, StepOutput]]) -> WorkerMessage:
+def steps(outputs: Sequence[tuple[str, StepOutput]], *, firsts: int = 0) -> WorkerMessage:
+    """`firsts`: so many of them, in front, are the first of their legs."""
     return WorkerMessage(
         step=worker_link_pb2.StepOutputs(
+            firsts=firsts,
             outputs=[
                 worker_link_pb2.StepOutput(
                     leg_id=leg_id,
@@ -257,7 +259,7 @@ def steps(outputs: Sequence[tuple[str, StepOutput]]) -> WorkerMessage:
                     cached_tokens=output.cached_tokens,
                 )
                 for leg_id, output in outputs
-            ]
+            ],
         )
     )
 

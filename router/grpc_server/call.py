@@ -322,6 +322,10 @@ class Call:
         """What was written leaves now, before the other work of this turn of the loop."""
         self._connection.push()
 
+    def carry_out(self) -> None:
+        """What was taken so far is followed up, and what is said of it leaves, before the rest that was read is."""
+        self._connection.carry_out()
+
     async def _write_in_parts(self, data: bytes) -> None:
         if self._turn is None:
             self._turn = asyncio.Lock()

@@ -332,6 +332,11 @@ class Connection(asyncio.Protocol):
         if not self._everyone.reading:
             self.flush()
 
+    def carry_out(self) -> None:
+        """What `data_received` does when all that was read is handed on, in the middle of that."""
+        self._everyone.after_read()
+        self._everyone.flush()
+
     def flush(self) -> None:
         if self._out:
             data, self._out, self._out_bytes = b"".join(self._out), [], 0

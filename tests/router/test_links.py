@@ -14,6 +14,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos import control_pb2, worker_link_pb2
 from protos import worker_link_pb2_grpc as link_grpc
+from router import wire
+from router.core.events import StepOutputs
 from router.core.limits import CoreLimits
 from tests.router.running import BOTH, DECODE, PREFILL, STOP, WAIT_S, Message, Router, hello, proven, running
 
@@ -145,6 +147,20 @@ class TestLinks:
         assert status.requests_running == 1
         call.cancel()
         await router.is_idle()
+
+
+def test_of_a_step_what_begins_answers_is_told_first_and_alone() -> None:
+    outputs = [worker_link_pb2.StepOutput(leg_id=name, token_ids=[number]) for number, name in enumerate("abc")]
+
+    def told(firsts: int, count: int = 3) -> list[list[str]]:
+        step = worker_link_pb2.StepOutputs(outputs=outputs[:count], firsts=firsts)
+        events = wire.events("w", Message(step=step))
+        return [[output.leg_id for output in event.outputs] for event in events if isinstance(event, StepOutputs)]
+
+    assert told(firsts=2) == [["a", "b"], ["c"]]
+    for firsts in (0, 3, 9):
+        assert told(firsts) == [["a", "b", "c"]]
+    assert told(firsts=1, count=0) == [[]]
 
 
 class TestOperators:

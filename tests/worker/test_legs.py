@@ -32,9 +32,9 @@ class Heard:
     def fetched(self, leg_id: str, staged: Staged) -> None:
         self.said.append(f"fetched {leg_id}")
 
-    def step(self, leg_id: str, output: StepOutput) -> None:
+    def step(self, leg_id: str, output: StepOutput, *, first: bool = False) -> None:
         self.ends[leg_id] += output.finish_reason is not None
-        self.said.append(f"{'end' if output.finish_reason else 'step'} {leg_id}")
+        self.said.append(f"{'first ' if first else ''}{'end' if output.finish_reason else 'step'} {leg_id}")
 
     def failed(self, leg_id: str, kind: FailureKind, detail: str) -> None:
         self.ends[leg_id] += 1
@@ -75,7 +75,7 @@ async def test_a_leg_says_its_end_and_is_gone(heard: Heard, legs: LegTable) -> N
     assert legs.count(Role.DECODE) == 1
     assert legs.has(heard, "a")
     await legs.empty()
-    assert heard.said == ["step a", "end a"]
+    assert heard.said == ["first step a", "end a"]
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan")])

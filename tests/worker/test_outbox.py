@@ -36,6 +36,26 @@ def test_what_came_while_the_stream_was_slow_is_joined() -> None:
     assert [out.finish_reason for out in message.step.outputs] == [0, 1]
 
 
+def test_what_legs_begin_with_is_in_front() -> None:
+    outbox = Outbox(100)
+    outbox.step("old", output(1))
+    outbox.step("new", output(2), first=True)
+    outbox.step("older", output(3))
+    outbox.step("new", output(4, end=True))
+    outbox.step("newer", output(5), first=True)
+    [message] = outbox.take()
+    assert message.step.firsts == 2
+    assert [(out.leg_id, list(out.token_ids)) for out in message.step.outputs] == [
+        ("new", [2, 4]),
+        ("newer", [5]),
+        ("old", [1]),
+        ("older", [3]),
+    ]
+    outbox.step("new", output(6))
+    [message] = outbox.take()
+    assert message.step.firsts == 0
+
+
 def test_a_legs_messages_keep_their_order() -> None:
     outbox = Outbox(100)
     outbox.step("b", output(1))
