@@ -9,7 +9,7 @@ import asyncio
 import logging
 import socket
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from email.utils import formatdate
 from math import inf
@@ -146,22 +146,21 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     def has_room(self) -> bool:
-        """For an event at once: the response has begun, and the client keeps up."""
+        """For an event at once: the client keeps up."""
         cycle = self._cycle
-        return (
-            self._started
-            and cycle is not None
-            and cycle.response_started
-            and not cycle.response_complete
-            and not cycle.disconnected
-            and bool(cycle.chunked_encoding)
-            and not cycle.flow.write_paused
-        )
+        if cycle is None or cycle.response_complete or cycle.disconnected or cycle.flow.write_paused:
+            return False
+        if not self._started:
+            return self._has_chunks and not self._starting.locked()
+        return cycle.response_started and bool(cycle.chunked_encoding)
 
     def event_now(self, data: bytes) -> None:
         """An event that there is room for. The same bytes as `event`'s, past what that takes to say that they may be
         sent."""
         assert self._cycle is not None
+        if not self._started:
+            self._started = True
+            _at_once(self._begin(200, _EVENT_STREAM))
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def _ends_with_connection(self, length: int = 1 << 62) -> None:
@@ -203,6 +202,16 @@ class Exchange:
         own = ((b"date", formatdate(usegmt=True).encode()), (b"x-request-id", self.request_id.encode()))
         start: Message = {"type": "http.response.start", "status": status, "headers": [*headers, *own, *self.also]}
         await self._send(start)
+
+
+def _at_once(sending: Coroutine[None, None, None]) -> None:
+    """uvicorn's sending waits for nothing where there is room."""
+    try:
+        sending.send(None)
+    except StopIteration:
+        return
+    sending.close()
+    raise AssertionError("there was no room")
 
 
 #: Where a connection leaves them in a request's scope.
