@@ -17,6 +17,7 @@ from protos.compat import kserve_pb2 as pb
 from protos.compat import kserve_pb2_grpc as pb_grpc
 from router.config import RequestLimits
 from router.core.errors import Invalid
+from router.edge import kserve_wire as wire
 from router.edge import tensors
 from tandem.errors import error_from_rpc
 from tests.router.running import CONTEXT, MODEL, STOP, VOCAB, WAIT_S, Router, running
@@ -561,6 +562,20 @@ class TestCallers:
 def test_raw_numbers_come_back_as_they_went(datatype: str) -> None:
     values = [0, 1, 100]
     assert tensors.from_raw("t", datatype, [3], tensors.to_raw(datatype, values)).elements == values
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("say_final", [True, False])
+@pytest.mark.parametrize("request_id", ["", "1", "x" * 300, "x" * 20_000])
+def test_a_piece_of_text_is_the_message_that_protobuf_makes(raw: bool, say_final: bool, request_id: str) -> None:
+    request = pb.ModelInferRequest(id=request_id, raw_input_contents=[b"x"] if raw else [])
+
+    def reply() -> wire.Reply:
+        return wire.Reply(request, MODEL, [wire.Output("text_output", "BYTES")], say_final=say_final)
+
+    ours, protobufs = reply(), reply()
+    for text in ("a", "", "größe", "x" * 123, "x" * 124, "漢" * 41, "漢" * 42, "b"):
+        assert ours.text(text) == protobufs.streamed(((text.encode(),),))
 
 
 def test_our_messages_load_beside_those_of_a_clients_library() -> None:
