@@ -540,7 +540,7 @@ async def test_what_is_carried_out_leaves_before_the_rest_of_what_was_read_is_ha
         async for _ in requests:
             pass
 
-    handlers = {"Told": grpc.stream_stream_rpc_method_handler(told)}
+    handlers: dict[str, Any] = {"Told": grpc.stream_stream_rpc_method_handler(told)}
     server = GrpcServer(message_bytes_max=MESSAGE_BYTES_MAX)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     connection, other = server._connection(), server._connection()
