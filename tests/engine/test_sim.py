@@ -483,10 +483,12 @@ async def test_a_closed_stream_aborts_its_leg(pair: Pair) -> None:
 
 async def test_a_reader_cancelled_before_its_leg_was_admitted_gives_staging_back(model: Path) -> None:
     async with pair_of(options(model, "p"), options(model, "d", max_running=1)) as pair:
+        staged = await fetched(pair, "a", prompt_of(100))
         busy = asyncio.create_task(
             collect(pair.decode, decode_leg("busy", prompt_of(5), replace(GREEDY, max_tokens=3000)))
         )
-        staged = await fetched(pair, "a", prompt_of(100))
+        while (await pair.decode.load()).running == 0:  # noqa: ASYNC110  it has no event
+            await asyncio.sleep(0)
         waiting = asyncio.create_task(collect(pair.decode, decode_leg("a", prompt_of(100), staged=staged)))
         await asyncio.sleep(0)
         await asyncio.sleep(0)

@@ -94,10 +94,10 @@ async def test_a_refusal_with_its_message_and_metadata() -> None:
 
 async def test_metadata_and_deadlines() -> None:
     async with echoing() as (echo, channel):
-        await unary(channel, "Same")(b"", metadata={"a": "b", "c-bin": b"\0\xff\1"}, timeout=5)
+        await unary(channel, "Same")(b"", metadata={"a": "b", "c-bin": b"\0\xff\1"}, timeout=60)
         metadata, remaining, _ = echo.seen[0]
         assert {("a", "b"), ("c-bin", b"\0\xff\1")} <= set(metadata)
-        assert 0 < remaining <= 5
+        assert 0 < remaining <= 60
         with pytest.raises((asyncio.TimeoutError, GRPCError)):
             await stream(channel, "Wait")(b"", timeout=0.2)
         await until(lambda: echo.running == 0)

@@ -341,7 +341,7 @@ def test_readers_that_die_in_mid_read_do_not_hurt_the_owner(both: Both) -> None:
 
 def test_a_stranger_that_says_nothing_is_cut_off(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, *_ = both
-    monkeypatch.setattr(tcp, "_DIAL_S", 0.1)
+    monkeypatch.setattr(tcp, "_DIAL_S", 0.5)
     port = msgspec.msgpack.decode(owner.export(), type=Exported).port
     with socket.create_connection(("127.0.0.1", port), timeout=10) as stranger:
         greeting = b"".join(iter(lambda: stranger.recv(64), b""))

@@ -217,7 +217,7 @@ def test_a_stream_that_ends_without_an_end_is_an_error(generate: Generate, serve
 def test_past_its_time_a_generation_ends(generate: Generate, server: Script) -> None:
     server.hang = True
     with pytest.raises(DeadlineExceeded):
-        generate(timeout_s=1.0)
+        generate(timeout_s=3.0)
     assert server.ended.wait(30)
 
 
