@@ -18,10 +18,11 @@ import os
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -255,14 +256,11 @@ class Tls:
             return self._context(protocols)
 
     def renewing_context(self, *protocols: str) -> ssl.SSLContext:
-        """The same for a server that runs long: each handshake gets what is newest by then."""
-
-        def renew(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-            connection.context = self.server_context(*protocols)
-
-        first = self.server_context(*protocols)
-        first.sni_callback = renew
-        return first
+        """The same for asyncio's servers, which run long: each connection gets what is newest by then."""
+        self.server_context(*protocols)  # raises what it raises now rather than then
+        renewing = _Renewing(ssl.PROTOCOL_TLS_SERVER)
+        renewing.newest = lambda: self.server_context(*protocols)
+        return renewing
 
     def client_context(self) -> ssl.SSLContext:
         """Check against `files.server_name` where it is set."""
@@ -282,6 +280,16 @@ class Tls:
                 return made[1]
             self._contexts[protocols] = made
         return made[1]
+
+
+class _Renewing(ssl.SSLContext):
+    """Of another context for each connection. One that was changed for another in mid-handshake would still resume
+    sessions (of TLS 1.2, by their id) of clients whose authority is not believed any more."""
+
+    newest: Callable[[], ssl.SSLContext]
+
+    def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
+        return self.newest().wrap_bio(*arguments, **named)
 
 
 #: Stands for what clients speak.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import http.client
 import shutil
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -339,6 +340,50 @@ class TestRenewal:
                 assert (await refused(router)).code() is grpc.StatusCode.UNAVAILABLE
             with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
                 await asyncio.to_thread(get, router.bound.http_port, "/health", context)
+
+    @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+    async def test_nor_does_a_session_from_before(
+        self, authority: Authority, tmp_path: Path, version: ssl.TLSVersion
+    ) -> None:
+        believed = tmp_path / "believed.pem"
+        believed.write_bytes(authority.ca.read_bytes())
+        files = replace(authority.issue("router", require_client_cert=True), ca=str(believed))
+        async with running(tls=files, http_port=0) as router:
+            context = Tls(authority.issue("client")).client_context()
+            context.maximum_version = version
+            context.set_alpn_protocols(["h2", "http/1.1"])
+            ports = {router.bound.port: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))}
+            ports[router.bound.http_port or 0] = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+            before = {port: await asyncio.to_thread(session, port, context, said) for port, said in ports.items()}
+            believed.write_bytes(Authority(tmp_path / "next").ca.read_bytes())
+            for port, said in ports.items():
+                async with asyncio.timeout(WAIT_S):
+                    while not await is_refused(port, context, said):  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)  # the router's look at its files
+                assert await is_refused(port, context, said, before[port])
+
+
+async def is_refused(port: int, context: ssl.SSLContext, said: bytes, resumed: ssl.SSLSession | None = None) -> bool:
+    try:
+        await asyncio.to_thread(session, port, context, said, resumed)
+    except (ssl.SSLError, ConnectionError):
+        return True
+    return False
+
+
+def session(port: int, context: ssl.SSLContext, said: bytes, resumed: ssl.SSLSession | None = None) -> ssl.SSLSession:
+    """That a client keeps which says this, hears something and leaves in order; else the server forgets it."""
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1", session=resumed) as connection,
+    ):
+        connection.sendall(said)
+        if not connection.recv(1000):
+            raise ConnectionError
+        with suppress(ssl.SSLError):  # it had more to say
+            connection.unwrap()
+        assert connection.session is not None
+        return connection.session
 
 
 def shown(port: int | None) -> bytes:
