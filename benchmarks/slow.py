@@ -2,15 +2,23 @@
 
     make bench-slow ARGS="--seconds 60"
 
-Beside the clients that are measured, as many calls run again: first they read, then they stop reading after their first
-message, then they read again. So all that differs is whether they read: the simulated engine's steps take the same time
-however long the answers have become.
+Beside the clients that are measured, as many others run: first they read, then they stop reading after their first
+message, then others read again, so that a machine that becomes slower or faster is not taken for an effect. All that
+differs is whether they read: every part begins with new answers, none of which ends in it, and the simulated engine's
+steps take the same time however long they have become.
+
+Who is measured asks for token ids, or over HTTP for log probabilities, so that every token is a message of its own.
+Text alone would not do: one in eighty of the simulated engine's tokens begins a character whose rest comes later, or
+never. Nothing is said for it, and the next message comes two steps after the one before. That is one gap in eighty, of
+twice the length, just where the 99th percentile is looked for, and all readers meet it at once, for they get the same
+answer: on which side of it the percentile falls is chance.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -31,18 +39,21 @@ from worker.config import Role
 NAME = "tandem-nano"
 STEP_TIME = "flat-25ms"
 READERS, OTHERS, STALLED = 16, 16, 64
+#: 100 s of steps, nearly the longest that the model allows.
 TOKENS_MAX = 4_000
+SECONDS_MAX = 90.0
 _WARM_UP_S = 3.0
 _CALLS: tuple[tuple[str, int], ...] = (("grpc.use_local_subchannel_pool", 1), ("grpc.http2.lookahead_bytes", 1024))
 
 
 class Client:
-    """One answer that never ends, over either protocol, in a connection of its own. Times of what comes are kept while
-    it reads."""
+    """One answer that does not end, over either protocol, in a connection of its own. Times of what comes are kept
+    while it reads. With `every_token` it gets a message also for tokens that make no text yet."""
 
-    def __init__(self, protocol: str, address: str) -> None:
+    def __init__(self, protocol: str, address: str, *, every_token: bool) -> None:
         self._protocol = protocol
         self._address = address
+        self._every_token = every_token
         self._may_read = asyncio.Event()
         self._may_read.set()
         self.began = asyncio.Event()
@@ -53,17 +64,20 @@ class Client:
         self._may_read.clear()
 
     async def close(self) -> None:
+        """Raises what went wrong, if its answer ended before."""
+        if self._task.done():
+            self._task.result()
+            raise RuntimeError("an answer ended while it was measured")
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
-            await (self._grpc() if self._protocol == "grpc" else self._http())
+        await (self._grpc() if self._protocol == "grpc" else self._http())
 
     async def _grpc(self) -> None:
         async with grpc.aio.insecure_channel(self._address, options=_CALLS) as channel:
             sampling = inference_pb2.Sampling(max_tokens=TOKENS_MAX, temperature=0.0, ignore_eos=True)
-            request = inference_pb2.GenerateRequest(text="x = 1", sampling=sampling)
+            request = inference_pb2.GenerateRequest(text="x = 1", sampling=sampling, return_token_ids=self._every_token)
             last = None
             async for _ in inference_pb2_grpc.InferenceStub(channel).Generate(request):
                 last = await self._came(last)
@@ -77,6 +91,8 @@ class Client:
         reader, writer = await asyncio.open_connection(sock=ours, limit=4096)
         try:
             asked = {"prompt": "x = 1", "max_tokens": TOKENS_MAX, "temperature": 0, "ignore_eos": True, "stream": True}
+            if self._every_token:
+                asked["logprobs"] = 0
             body = json.dumps(asked).encode()
             writer.write(
                 b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
@@ -101,8 +117,8 @@ class Client:
         return None
 
 
-async def opened(protocol: str, address: str, count: int) -> list[Client]:
-    clients = [Client(protocol, address) for _ in range(count)]
+async def opened(protocol: str, address: str, count: int, *, every_token: bool = False) -> list[Client]:
+    clients = [Client(protocol, address, every_token=every_token) for _ in range(count)]
     await asyncio.gather(*(client.began.wait() for client in clients))
     return clients
 
@@ -120,33 +136,29 @@ async def gaps_s(readers: Sequence[Client], seconds: float) -> list[float]:
 
 
 async def latency(protocol: str, address: str, seconds: float) -> tuple[list[Row], Check]:
-    readers = await opened(protocol, address, READERS)
     found: dict[str, list[float]] = {"read": [], "stopped": []}
-    for others, part in (("read", seconds / 2), ("stopped", seconds), ("read", seconds / 2)):
+    rows: list[Row] = []
+    for others, part_s in (("read", seconds / 2), ("stopped", seconds), ("read", seconds / 2)):
+        readers = await opened(protocol, address, READERS, every_token=True)
         beside = await opened(protocol, address, OTHERS)
         if others == "stopped":
             for client in beside:
                 client.stop_reading()
-        found[others] += await gaps_s(readers, part)
-        await closed(beside)
-    await closed(readers)
-    rows: list[Row] = []
-    p99s = {}
-    for others, gaps in found.items():
-        p50, p99 = percentile(gaps, 0.5), percentile(gaps, 0.99)
-        p99s[others] = p99
-        rows.append(
-            {
-                "protocol": protocol,
-                "others": others,
-                "readers": READERS,
-                "messages": len(gaps),
-                "itl_ms_p50": p50 and p50 * 1000,
-                "itl_ms_p99": p99 and p99 * 1000,
-            }
-        )
-    ratio = p99s["stopped"] / p99s["read"] if p99s["stopped"] and p99s["read"] else None
+        gaps = await gaps_s(readers, part_s)
+        found[others] += gaps
+        rows.append({"protocol": protocol, "others": others, "seconds": part_s, "readers": READERS, **_summary(gaps)})
+        await closed([*readers, *beside])
+    stopped, read = (percentile(found[others], 0.99) for others in ("stopped", "read"))
+    ratio = stopped / read if stopped and read else None
     return rows, at_most(f"{protocol}: ITL p99 beside who stopped / beside who reads", ratio, 1.1)
+
+
+def _summary(gaps: Sequence[float]) -> Row:
+    row: dict[str, float | None] = {"messages": len(gaps)}
+    for name, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999)):
+        gap = percentile(gaps, share)
+        row[f"itl_ms_{name}"] = gap and gap * 1000
+    return row
 
 
 async def memory(protocol: str, address: str, pid: int, seconds: float) -> tuple[Row, Check]:
@@ -186,6 +198,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="that clients do not read, for each protocol")
     asked = parser.parse_args()
+    if asked.seconds > SECONDS_MAX:
+        parser.error(f"--seconds: answers end after 100 s, so {SECONDS_MAX:g} at most")
+    gc.disable()  # a pause here would be taken for the router's
     env = environment()
     options = EngineOptions(
         name="",
