@@ -36,7 +36,7 @@ import uvloop
 from benchmarks.cluster import MODEL, cluster
 from benchmarks.report import Check, Row, at_most, environment, percentile, report
 from decode.admission import DecodeLimits
-from engine.base import DecodeLeg, EngineOptions, Offered, PrefillLeg, PrefillResult, Staged, StepOutput
+from engine.base import DecodeLeg, EngineOptions, Offered, PrefillLeg, PrefillResult, Staged, StepOutput, Take
 from engine.sim import SimEngine
 from engine.step_time import step_time
 from tandem import AsyncClient
@@ -74,8 +74,8 @@ class TimedEngine(SimEngine):
         self._told.send(time.monotonic())
         return staged
 
-    async def decode(self, leg: DecodeLeg) -> AsyncIterator[StepOutput]:
-        async for output in super().decode(leg):
+    async def decode(self, leg: DecodeLeg, take: Take | None = None) -> AsyncIterator[StepOutput]:
+        async for output in super().decode(leg, take):
             if output.finish_reason:
                 self._told.send((await self.load()).extra["kv_mismatches_total"])
             yield output

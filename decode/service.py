@@ -46,7 +46,7 @@ class DecodeService:
             if staged:
                 _check_request(staged, order.leg)
                 reply.fetched(staged)
-            outputs = self._engine.decode(replace(order.leg, leg_id=engine_leg_id, staged=staged))
+            outputs = self._engine.decode(replace(order.leg, leg_id=engine_leg_id, staged=staged), reply.step)
         except BaseException:
             if staged:
                 await self._engine.discard(staged)

@@ -286,6 +286,9 @@ class EngineOptions:
 #: Told the handle to blocks that are still being computed.
 Offered = Callable[[bytes], None]
 
+#: Takes an output of a leg.
+Take = Callable[[StepOutput], None]
+
 
 class Engine(Protocol):
     """One model on one set of devices. Created unstarted; all methods are called from one event loop."""
@@ -319,8 +322,12 @@ class Engine(Protocol):
 
     async def discard(self, staged: Staged) -> None: ...
 
-    def decode(self, leg: DecodeLeg) -> AsyncIterator[StepOutput]:
-        """Yields until an output carries a finish reason. Raises LegError. Closing the iterator aborts the leg."""
+    def decode(self, leg: DecodeLeg, take: Take | None = None) -> AsyncIterator[StepOutput]:
+        """Yields until an output carries a finish reason. Raises LegError. Closing the iterator aborts the leg.
+
+        Outputs before the one that ends the leg may go to `take` instead, in the very turn of the event loop that
+        brings them: a step of many legs is then no change of tasks for each. It must not raise.
+        """
         ...
 
     async def release(self, handle: bytes) -> None:

@@ -35,6 +35,7 @@ from engine.base import (
     PrefillResult,
     Staged,
     StepOutput,
+    Take,
 )
 from engine.sim_blocks import BlockPool
 from engine.sim_core import CoreLimits, PrefillDone, Readable, SimCore, StagedPages
@@ -248,13 +249,13 @@ class SimEngine:
             self._woken.set()
             raise
 
-    async def decode(self, leg: DecodeLeg) -> AsyncIterator[StepOutput]:
+    async def decode(self, leg: DecodeLeg, take: Take | None = None) -> AsyncIterator[StepOutput]:
         started = self._started()
         pages = self._claim(started, leg.staged) if leg.staged else None
         try:
             started.core.add_decode(asyncio.get_running_loop().time(), leg, pages)
             self._woken.set()
-            stream = self._streams[leg.leg_id] = _Stream()
+            stream = self._streams[leg.leg_id] = _Stream(take)
             try:
                 while True:
                     output = await stream.take()
@@ -377,14 +378,18 @@ def end_of_step(last_end: float, now: float, step_s: float) -> float:
 
 
 class _Stream:
-    """Outputs on their way to one decode leg's reader; those it was too slow for are joined."""
+    """Outputs on their way to one decode leg's reader; those it was too slow for are joined, unless it takes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, take: Take | None) -> None:
+        self._take = take
         self._outputs: list[StepOutput] = []
         self._error: LegError | None = None
         self._changed = asyncio.Event()
 
     def put(self, output: StepOutput) -> None:
+        if self._take is not None and not output.finish_reason:
+            self._take(output)
+            return
         self._outputs.append(output)
         self._changed.set()
 

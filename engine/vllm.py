@@ -41,6 +41,7 @@ from engine.base import (
     Sampling,
     Staged,
     StepOutput,
+    Take,
     TokenLogprobs,
 )
 from kv_transfer.vllm_params import PrefillOrder
@@ -79,7 +80,7 @@ class VllmEngine:
         self._process: _EngineProcess | None = None
         self._info: EngineInfo | None = None
         #: What has come for each leg under way, by its name there. Bounded by the leg's tokens.
-        self._legs: dict[str, asyncio.Queue[wire.Output | wire.Offered | LegError]] = {}
+        self._legs: dict[str, _Came] = {}
         #: Calls that wait for their answer.
         self._calls: dict[int, asyncio.Future[wire.Answer]] = {}
         #: Why no leg can be served; empty while they can.
@@ -126,7 +127,7 @@ class VllmEngine:
         self._died.set()
         error = LegError(FailureKind.ENGINE, reason)
         for leg in self._legs.values():
-            leg.put_nowait(error)
+            leg.put(error)
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(error)
@@ -162,7 +163,7 @@ class VllmEngine:
         match message:
             case wire.Output(name) | wire.Offered(name):
                 if leg := self._legs.get(name):  # or it was given up while this was on its way
-                    leg.put_nowait(message)
+                    leg.put(message)
             case wire.Ready(info):
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(info)
@@ -170,7 +171,7 @@ class VllmEngine:
                 self._die(detail)
             case wire.Refused(name, kind, detail):
                 if leg := self._legs.get(name):
-                    leg.put_nowait(LegError(kind, detail))
+                    leg.put(LegError(kind, detail))
             case _:
                 self._answered(message)
 
@@ -258,31 +259,39 @@ class VllmEngine:
             prefill_s=report.prefill_s,
         )
 
-    async def decode(self, leg: DecodeLeg) -> AsyncGenerator[StepOutput, None]:
+    async def decode(self, leg: DecodeLeg, take: Take | None = None) -> AsyncGenerator[StepOutput, None]:
         add = wire.Add(self._name(leg.leg_id), leg.token_ids, leg.cache_salt, leg.sampling, staged=leg.staged)
         cached_tokens_known = leg.staged is not None  # vLLM counts what was staged as cached
-        async with contextlib.aclosing(self._run(add)) as outputs:
+
+        def said(output: wire.Output) -> StepOutput:
+            nonlocal cached_tokens_known
+            cached_tokens, cached_tokens_known = 0 if cached_tokens_known else output.cached_tokens, True
+            return StepOutput(
+                leg_id=leg.leg_id,
+                token_ids=output.token_ids,
+                finish_reason=_FINISH_REASONS[output.finish_reason],
+                logprobs=_logprobs(output, leg.sampling),
+                cached_tokens=cached_tokens,
+            )
+
+        takes = None if take is None else lambda output: take(said(output))
+        async with contextlib.aclosing(self._run(add, takes)) as outputs:
             async for output in outputs:
                 assert isinstance(output, wire.Output)
-                yield StepOutput(
-                    leg_id=leg.leg_id,
-                    token_ids=output.token_ids,
-                    finish_reason=_FINISH_REASONS[output.finish_reason],
-                    logprobs=_logprobs(output, leg.sampling),
-                    cached_tokens=0 if cached_tokens_known else output.cached_tokens,
-                )
-                cached_tokens_known = True
+                yield said(output)
 
-    async def _run(self, add: wire.Add) -> AsyncGenerator[wire.Output | wire.Offered, None]:
-        """What comes for one leg, until it is finished. Raises LegError. However it is left, the leg has ended in the
-        engine, or has been told to, when this is closed."""
+    async def _run(
+        self, add: wire.Add, take: Callable[[wire.Output], None] | None = None
+    ) -> AsyncGenerator[wire.Output | wire.Offered, None]:
+        """What comes for one leg, until it is finished, but for what is taken. Raises LegError. However it is left, the
+        leg has ended in the engine, or has been told to, when this is closed."""
         self._running()
         finished = False
-        came = self._legs[add.name] = asyncio.Queue()
+        came = self._legs[add.name] = _Came(take)
         self._send(add)
         try:
             while not finished:
-                message = await came.get()
+                message = await came.waiting.get()
                 if isinstance(message, LegError):
                     raise message
                 if isinstance(message, wire.Output) and message.finish_reason:
@@ -330,6 +339,20 @@ class VllmEngine:
         assert isinstance(answer, wire.Loaded)
         # Legs that are on their way there, and not counted yet, wait, too.
         return replace(answer.load, waiting=max(0, len(self._legs) - answer.load.running))
+
+
+class _Came:
+    """What has come for a leg and waits, as all does but outputs that are taken, and do not end it."""
+
+    def __init__(self, take: Callable[[wire.Output], None] | None) -> None:
+        self._take = take
+        self.waiting = asyncio.Queue[wire.Output | wire.Offered | LegError]()
+
+    def put(self, message: wire.Output | wire.Offered | LegError) -> None:
+        if self._take is not None and isinstance(message, wire.Output) and not message.finish_reason:
+            self._take(message)
+        else:
+            self.waiting.put_nowait(message)
 
 
 def _logprobs(output: wire.Output, sampling: Sampling) -> tuple[TokenLogprobs, ...]:

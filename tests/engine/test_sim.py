@@ -27,6 +27,7 @@ from engine.base import (
     PrefillResult,
     Sampling,
     Staged,
+    StepOutput,
 )
 from engine.sim import SimEngine, end_of_step
 from engine.step_time import StepWork, step_time
@@ -174,6 +175,15 @@ def prompt_of(count: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(draw.choices(range(VOCAB), k=count))
 
 
+async def take(sim: SimEngine, leg: DecodeLeg) -> list[int]:
+    """`collect`, of outputs that are taken as they come but for the last."""
+    taken: list[StepOutput] = []
+    yielded = [output async for output in sim.decode(leg, taken.append)]
+    assert [output.finish_reason is None for output in yielded] == [False]
+    assert not any(output.finish_reason for output in taken)
+    return [token for output in (*taken, *yielded) for token in output.token_ids]
+
+
 async def failure(awaitable: Awaitable[object]) -> LegError:
     with pytest.raises(LegError) as caught:
         await awaitable
@@ -181,6 +191,28 @@ async def failure(awaitable: Awaitable[object]) -> LegError:
 
 
 # Answers
+
+
+async def test_what_is_taken_at_once_is_the_same_answer(pair: Pair) -> None:
+    for count in (1, 2, 24):
+        sampling = replace(GREEDY, max_tokens=count)
+        asked = [decode_leg(f"{count}/{seed}", prompt_of(100, seed), sampling) for seed in range(4)]
+        yielded = await asyncio.gather(*(collect(pair.decode, leg) for leg in asked))
+        again = [replace(leg, leg_id=f"{leg.leg_id} again") for leg in asked]
+        assert await asyncio.gather(*(take(pair.decode, leg) for leg in again)) == yielded
+
+
+async def test_a_leg_that_takes_its_outputs_is_aborted_like_any_other(pair: Pair) -> None:
+    taken = asyncio.Event()
+    outputs = pair.decode.decode(
+        decode_leg("a", prompt_of(100), replace(GREEDY, max_tokens=2000)), lambda output: taken.set()
+    )
+    reading = asyncio.ensure_future(anext(outputs))
+    await taken.wait()
+    reading.cancel()
+    await asyncio.wait([reading])
+    load = await pair.decode.load()
+    assert (load.running, load.waiting, load.kv_blocks_free) == (0, 0, load.kv_blocks_total)
 
 
 async def test_a_thousand_prompts_through_two_engines_are_answered_as_by_one(model: Path) -> None:

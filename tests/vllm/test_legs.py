@@ -6,7 +6,7 @@ from collections.abc import Awaitable
 
 import pytest
 
-from engine.base import DecodeLeg, FailureKind, FinishReason, LegError, PrefillLeg, Sampling, Staged
+from engine.base import DecodeLeg, FailureKind, FinishReason, LegError, PrefillLeg, Sampling, Staged, StepOutput
 from tests.vllm.harness import NEWLINE, Answer, Pair, becomes_idle, collect, is_idle, prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
@@ -50,6 +50,19 @@ async def test_the_end_of_sequence_is_the_answers_last_token(pair: Pair) -> None
     assert len(ended) > 5
     assert all(answer.token_ids[-1] in (0, NEWLINE) for answer in ended)
     assert not any({0, NEWLINE} & set(answer.token_ids[:-1]) for answer in answers)
+
+
+async def test_what_is_taken_at_once_is_the_same_answer(pair: Pair) -> None:
+    sampling = dataclasses.replace(GREEDY, logprobs=2)
+    leg = decode_leg(pair, prompt(50), sampling)
+    yielded = await collect(pair.decode.decode(leg))
+    taken: list[StepOutput] = []
+    again = decode_leg(pair, prompt(50), sampling)
+    last = await collect(pair.decode.decode(again, taken.append))
+    assert taken
+    assert {output.leg_id for output in taken} == {again.leg_id}
+    assert [token for output in taken for token in output.token_ids] + last.token_ids == yielded.token_ids
+    assert [entry for output in taken for entry in output.logprobs] + last.logprobs == yielded.logprobs
 
 
 async def test_minimum_tokens_hold_the_end_back(pair: Pair) -> None:

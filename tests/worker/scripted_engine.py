@@ -19,6 +19,7 @@ from engine.base import (
     PrefillResult,
     Staged,
     StepOutput,
+    Take,
 )
 
 INFO = EngineInfo(
@@ -111,7 +112,7 @@ class ScriptedEngine:
     async def discard(self, staged: Staged) -> None:
         self.discarded.append(staged.staged_id)
 
-    def decode(self, leg: DecodeLeg) -> AsyncIterator[StepOutput]:
+    def decode(self, leg: DecodeLeg, take: Take | None = None) -> AsyncIterator[StepOutput]:
         if error := self.failing.get("decode"):
             raise error
         return self._decode(leg)
