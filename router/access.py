@@ -28,6 +28,14 @@ class AccessRefused(Exception):
     """A file that says who may call cannot be used."""
 
 
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """What the files hold, or held when they could last be read: for a process that starts while they can't be."""
+
+    tenants: TenantBook | None
+    keys: KeyStore | None
+
+
 @dataclass(slots=True)
 class Access:
     authenticator: Authenticator
@@ -48,6 +56,12 @@ class Access:
     def admin(self, everywhere: Callable[[], Awaitable[None]] = nobody_else) -> TenantAdmin:
         """`everywhere` returns when what changed is in force in other processes, too."""
         return TenantAdmin(lambda: self.book, self._tenants, self._keys, everywhere)
+
+    def in_force(self) -> InForce:
+        return InForce(
+            tenants=None if self._tenants is None else self._tenants.content,
+            keys=None if self._keys is None else self._keys.watch.content,
+        )
 
     async def look(self) -> None:
         """When it returns, tenants and keys are in force as the files had them when it was called."""
@@ -73,15 +87,15 @@ class Access:
                 await asyncio.to_thread(tls.refresh)
 
 
-def open_access(config: RouterConfig) -> Access:
-    """Reads the files. Raises AccessRefused."""
+def open_access(config: RouterConfig, before: InForce | None = None) -> Access:
+    """Reads the files, but for those whose content was read `before`, by another process. Raises AccessRefused."""
     try:
-        return _open_access(config)
+        return _open_access(config, before or InForce(None, None))
     except (OSError, ValueError) as error:
         raise AccessRefused(str(error)) from None
 
 
-def _open_access(config: RouterConfig) -> Access:
+def _open_access(config: RouterConfig, before: InForce) -> Access:
     auth = config.auth
     verifiers: list[Verifier] = [Operator(config.operator_key_hash)] if config.operator_key_hash else []
     book = TenantBook.open()
@@ -103,7 +117,7 @@ def _open_access(config: RouterConfig) -> Access:
             keys.store = store
 
         key_watch = FileWatch(Path(auth.keys_file), read_store, put_keys)
-        put_keys(key_watch.load())
+        put_keys(key_watch.load(before.keys))
         access._keys = KeyFiles(key_watch, auth.pepper_path)
     if auth.mode == "jwt":
         verifiers.append(JwtVerifier(auth.jwt))
@@ -124,7 +138,7 @@ def _open_access(config: RouterConfig) -> Access:
             access.on_book(book)
 
         book_watch = FileWatch(Path(config.tenants_file), read, put_book)
-        access.authenticator.book = book_watch.load()
+        access.authenticator.book = book_watch.load(before.tenants)
         access._tenants = book_watch
     return access
 

@@ -120,6 +120,7 @@ async def serve(
             loads,
             began=began,
             look=access.look,
+            in_force=access.in_force,
             metrics_page=lambda: asyncio.to_thread(page),
             on_fault=asked_to_stop.set,
         )

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from router.core.tenant import BookRefused, PoolCapacity, PricePlan, Problem, Tenant, TenantBook
-from trust.files import signature
+from trust.files import Signature, signature
 
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -157,12 +157,17 @@ class FileWatch(typing.Generic[Content]):
         self._poll_s = poll_s
         #: Two looks at once could put the older content in force.
         self._one = asyncio.Lock()
-        self._seen = signature(path)
+        #: None: whatever is there is to be read at the next look.
+        self._seen: Signature | None = signature(path)
+        #: In force, once it was loaded.
+        self.content: Content | None = None
 
-    def load(self) -> Content:
-        """The first time, when there is nothing to stay in force: raises what `read` raises."""
-        self._seen = signature(self.path)
-        return self._read(self.path)
+    def load(self, before: Content | None = None) -> Content:
+        """The first time, when there is nothing to stay in force: raises what `read` raises. Given what another process
+        read `before`, that is in force until the file is looked at, and stays if it can't be read."""
+        self._seen = None if before is not None else signature(self.path)
+        self.content = self._read(self.path) if before is None else before
+        return self.content
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -183,4 +188,5 @@ class FileWatch(typing.Generic[Content]):
                 _log.error("%s: refused, what was read before stays in force: %s", self.path, error)
                 return
             _log.info("%s: read again", self.path)
+            self.content = content
             self._on_change(content)

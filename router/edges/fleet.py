@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import socket
 import sys
 import time
@@ -19,7 +20,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from router.config import RouterConfig, to_json, with_absolute_paths
+from router.access import InForce
+from router.config import RouterConfig, with_absolute_paths
 from router.core import events as ev
 from router.core.effects import ClientEvent, Failed, Finished, Tokens
 from router.core.errors import AlreadyExists, TandemError
@@ -43,6 +45,9 @@ _COUNT_S_MAX = 3.0
 _BACKOFF_FIRST_S = 0.1
 _BACKOFF_MAX_S = 5.0
 _SETTLED_S = 10.0
+
+#: In place of what workers join by, which is no edge's business.
+_NOT_TOLD = b"of the core alone"
 
 _ROOT = Path(__file__).resolve().parents[2]
 _log = logging.getLogger(__name__)
@@ -188,6 +193,7 @@ class Fleet:
         *,
         began: float,
         look: Callable[[], Awaitable[None]],
+        in_force: Callable[[], InForce],
         metrics_page: Callable[[], Awaitable[bytes]],
         on_fault: Callable[[], None],
     ) -> None:
@@ -198,6 +204,7 @@ class Fleet:
         self._loads = loads
         self._began = began
         self._look = look
+        self._in_force = in_force
         self._metrics_page = metrics_page
         self._on_fault = on_fault
         self.fault: Exception | None = None
@@ -222,7 +229,9 @@ class Fleet:
         self.port = self._hold("port", config.port)
         if config.http_port is not None:
             self.http_port = self._hold("http_port", config.http_port)
-        self._config = with_absolute_paths(replace(config, port=self.port, http_port=self.http_port))
+        join_key = _NOT_TOLD if config.join_key else b""
+        changed = replace(config, port=self.port, http_port=self.http_port, join_key=join_key)
+        self._config = with_absolute_paths(changed)
 
     def _hold(self, key: str, port: int) -> int:
         host = self._config.host
@@ -300,7 +309,7 @@ class Fleet:
             ours.close()
             raise
         assert process.stdin is not None
-        process.stdin.write(to_json(self._config))
+        process.stdin.write(pickle.dumps((self._config, self._in_force())))
         process.stdin.close()
         edge = self._edges[place] = Edge(process, self._shell, self._loads, self._answer)
         await asyncio.get_running_loop().create_unix_connection(lambda: edge.link, sock=ours)

@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 
-from router.access import Access, open_access
+from router.access import Access, InForce, open_access
 from router.config import RouterConfig
 from router.edge.orca import LoadReports
 from router.edges import wire
@@ -73,12 +73,12 @@ class _Orders:
         self.over.set()
 
 
-async def serve(config: RouterConfig, to_core: socket.socket, began: float) -> bool:
+async def serve(config: RouterConfig, in_force: InForce, to_core: socket.socket, began: float) -> bool:
     """Until the core says so (True), or is gone. Raises AccessRefused, PortTaken."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: None)
-    access = open_access(config)
+    access = open_access(config, in_force)
     core = FarCore(stream_tokens_max=config.requests.stream_tokens_max, book=lambda: access.book)
     orders = _Orders(core, access)
     link = Link(wire.FromCore, orders.take, orders.answer, lost=orders.is_lost, after_read=core.deliver)
@@ -100,7 +100,7 @@ async def serve(config: RouterConfig, to_core: socket.socket, began: float) -> b
         await front.open()
         await front.start()
         is_up()
-        await access.look()  # of what changed since it was read, the core tells those that serve alone
+        await access.look()  # of what changes meanwhile, the core tells those that serve alone
         link.say(wire.Serving())
         async with asyncio.TaskGroup() as tasks:
             background = [

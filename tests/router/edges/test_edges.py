@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import signal
 import sys
 from asyncio.subprocess import PIPE
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -25,6 +27,7 @@ from router.config import AuthConfig, RouterConfig, to_json
 from router.core.limits import CoreLimits
 from router.edge import keys
 from router.edge.identity import Scope
+from router.edges import fleet
 from router.front import PortTaken
 from router.main import Bound
 from tandem.errors import TandemError, error_from_rpc
@@ -75,6 +78,11 @@ class Edges:
 
     def by(self, whose: str) -> Metadata:
         return (("authorization", f"Bearer {self.keys[whose]}"),)
+
+    async def back_after(self, *before: int) -> int:
+        """What came in place of one of these, once it listens."""
+        await until(lambda: any(listens(pid, self.router.bound.port) for pid in self.pids if pid not in before))
+        return next(pid for pid in self.pids if pid not in before)
 
     async def status(self, channel: grpc.aio.Channel) -> control_pb2.Status:
         asked = control_pb2.GetStatusRequest(requests=True)
@@ -294,11 +302,17 @@ class TestDeath:
             assert (story.state, story.charge.completion_tokens) == ("cancelled", 3)
             assert await text_of(generate(there, edges.by("one"), max_tokens=2)), "what it did not use is free again"
 
-        await until(lambda: len(edges.pids) == 2)
-        (back,) = set(edges.pids) - {other}
-        await until(lambda: listens(back, edges.router.bound.port))
-        async with edges.channel(back) as channel:
+        async with edges.channel(await edges.back_after(doomed, other)) as channel:
             assert await text_of(generate(channel, edges.by("acme"))) == SAID
+
+    async def test_one_that_starts_while_files_are_broken_has_what_is_in_force(self, tmp_path: Path) -> None:
+        async for edges in make_edges(tmp_path):
+            doomed, other = edges.pids
+            for file in (tmp_path / "tenants.toml", tmp_path / "auth" / "keys.json"):
+                file.write_text("half of it [")
+            os.kill(doomed, signal.SIGKILL)
+            async with edges.channel(await edges.back_after(doomed, other)) as channel:
+                assert await text_of(generate(channel, edges.by("acme"))) == SAID
 
     async def test_edges_do_not_outlive_the_core_and_say_so(self) -> None:
         config = RouterConfig(
@@ -358,6 +372,19 @@ class TestStopping:
                 assert (await text_of(running)).endswith(SAID[-4:])
                 await edges.router.served
             assert not any(map(is_there, pids))
+
+    async def test_edges_are_not_told_what_workers_join_by(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        told: list[bytes] = []
+
+        def dumps(value: object) -> bytes:
+            told.append(pickle.dumps(value))
+            return told[-1]
+
+        monkeypatch.setattr(fleet, "pickle", SimpleNamespace(dumps=dumps))
+        async with running(edges=2):
+            pass
+        assert len(told) == 2
+        assert not any(JOIN_KEY in data for data in told)
 
     async def test_ports_of_another_router_are_not_shared(self, edges: Edges) -> None:
         with pytest.raises(PortTaken, match=str(edges.router.bound.port)):
