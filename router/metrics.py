@@ -24,6 +24,7 @@ _COUNTERS = {
     "local_prefills": "Requests whose decode worker computed the prompt",
     "local_short": "Of these, because the prompt was short",
     "local_cached": "Of these, because what the decode worker did not have cached was short",
+    "local_overflow": "Of these, because prefill workers were far behind",
     "prefix_choices": "Dispatches to a prefill worker for the prompt's beginning that it holds",
     "prefix_tokens": "Prompt tokens that these were thought to hold",
     "preemptions": "Times that batch work gave way to guaranteed realtime work",

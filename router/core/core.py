@@ -783,6 +783,7 @@ class Core:
         self.stats.local_prefills += 1
         self.stats.local_short += whole.why is Why.SHORT
         self.stats.local_cached += whole.why is Why.CACHED
+        self.stats.local_overflow += whole.why is Why.OVERFLOW
         self._send_decode(now, opened, handle=b"")
 
     def _order_decode(self, now: float, opened: OpenRequest) -> None:

@@ -16,6 +16,9 @@ class CoreLimits:
     decode_attempts_max: int = 3
     #: Prompt tokens a decode worker computes itself at a time. One longer prompt may run alone.
     local_prefill_tokens_max: int = 8_192
+    #: Prompt tokens a decode worker computes at a time because prefill workers are far behind; 0: none. How much a
+    #: step of it may then be longer is its engine's `max_batched_tokens` to say.
+    overflow_tokens_max: int = 0
     #: Of the tokens a request may generate, how many get KV room reserved at dispatch. Engines preempt when a
     #: crowd of long answers outgrows that; reserving for the longest answer possible would leave memory idle.
     reserve_tokens_max: int = 512
@@ -40,6 +43,7 @@ class CoreLimits:
                 raise ValueError(f"{name} must be at least 1, is {getattr(self, name)}")
         for name in (
             "local_prefill_tokens_max",
+            "overflow_tokens_max",
             "reserve_tokens_max",
             "preemptions_max",
             "path_wait_s",

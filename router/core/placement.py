@@ -8,8 +8,10 @@ the prompt's beginning (`roster.py`, `prefix.py`), so a choice costs O(log n).
 2. A **pair**: the prefill worker with the earliest predicted first token (prompts before it + what is not cached there
    + the move), and the decode worker with the most KV room, unless the two are known not to reach each other. A request
    that is run again keeps its decode slot and avoids the prefill worker that failed it.
-3. A **whole engine** (role BOTH) serves alone; chosen like a prefill worker, but first by how many it serves.
-4. A decode worker serves alone when no prefill worker could, now or later, or when the transfer has failed too often;
+3. **At a decode worker, because prefill workers are far behind**, if the operator lets prompts overflow: the pools are
+   sized for a mixture of prompts and answers, and the load has another one now.
+4. A **whole engine** (role BOTH) serves alone; chosen like a prefill worker, but first by how many it serves.
+5. A decode worker serves alone when no prefill worker could, now or later, or when the transfer has failed too often;
    within a budget, because the prompts it computes delay those it is decoding for.
 
 None means: wait.
@@ -33,6 +35,10 @@ from router.core.worker import Role
 
 #: How many of the best ranked are looked at where the best may not do.
 _LOOK = 4
+#: A prompt overflows when the pair's first token is predicted so many times as late as the decode worker's. At 1 the
+#: decode workers get half of the prompts on top of all decoding, and prefill workers run dry between bursts
+#: (benchmarks/handoff.py: 1, 2 and 3 were tried).
+_FAR_BEHIND = 3.0
 
 
 class Why(Enum):
@@ -43,6 +49,7 @@ class Why(Enum):
     WHOLE = "one engine for all"
     SHORT = "the prompt is short enough to be computed where it is decoded"
     CACHED = "its decode worker holds the prompt's beginning"
+    OVERFLOW = "prefill workers are so far behind that its decode worker computes it sooner"
     NO_PREFILL = "no prefill worker can serve it"
 
 
@@ -125,11 +132,11 @@ def place(what: Ask) -> Pair | Whole | None:
         if (here := _where_it_is_decoded(what, decoders)) is not None:
             return here
         if (pair := _pair(what, decoders)) is not None:
-            return pair
+            return _overflow(what, decoders, pair) or pair
     if opened.slot_at is None and (whole := _whole_engine(what)) is not None:
         return whole
     if not opened.local_only and _prefill_may_come(what, decoders):
-        return None
+        return _overflow(what, decoders)
     return _local(what)
 
 
@@ -203,6 +210,20 @@ def _elsewhere(what: Ask, decode: Worker) -> Figures | None:
     """What splitting would have given, by the least loaded prefill worker."""
     worker = next((worker for group in what.groups if (worker := group.prefill.first()) is not None), None)
     return None if worker is None else what.figures(worker, _move_s(what, worker, decode))
+
+
+def _overflow(what: Ask, decoders: list[Worker], pair: Pair | None = None) -> Whole | None:
+    """At the decode worker that computes least. `pair` is what it would be otherwise; without one it would wait."""
+    most = what.limits.overflow_tokens_max
+    able = [worker for worker in decoders if worker.prefilling.total + what.tokens <= most]
+    if not able:
+        return None
+    best = min(able, key=lambda worker: (what.ttft_s(worker), worker.chosen))
+    if pair is not None:
+        elsewhere_s = what.ttft_s(pair.prefill) + _move_s(what, pair.prefill, pair.decode)
+        if elsewhere_s < _FAR_BEHIND * what.ttft_s(best):
+            return None
+    return Whole(best, Why.OVERFLOW, what.figures(best), None if pair is None else pair.figures)
 
 
 def _local(what: Ask) -> Whole | None:

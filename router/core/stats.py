@@ -61,6 +61,8 @@ class Stats:
     #: Of these, because what was left to compute was short: all of the prompt, or after what was cached.
     local_short: int = 0
     local_cached: int = 0
+    #: Of these, because prefill workers were far behind.
+    local_overflow: int = 0
     #: Dispatches to a prefill worker for the prefix it holds, and the tokens that it was thought to hold.
     prefix_choices: int = 0
     prefix_tokens: int = 0

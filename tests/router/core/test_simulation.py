@@ -52,6 +52,7 @@ class Actions:
             queue_requests_max=8,
             queue_tokens_max=100,
             local_prefill_tokens_max=20,
+            overflow_tokens_max=20,
             path_wait_s=5.0,
             history_max=5,
             reserve_tokens_max=4,
@@ -261,17 +262,18 @@ def live_through(seed: int, weights: Sequence[int], steps: int) -> Stats:
 
 def test_in_random_histories_every_request_ends_and_nothing_is_left() -> None:
     seen = Stats()
+    often = ("transfers", "prefill_retries", "decode_retries", "local_prefills", "local_overflow", "workers_lost")
     for seed in range(150):
         try:
             stats = live_through(seed, CALM if seed % 2 else ROUGH, steps=200)
         except BaseException as fault:
             fault.add_note(f"seed {seed}")
             raise
-        for name in ("transfers", "prefill_retries", "decode_retries", "local_prefills", "workers_lost"):
+        for name in often:
             setattr(seen, name, getattr(seen, name) + getattr(stats, name))
         for outcome, count in stats.outcomes.items():
             seen.outcomes[outcome] += count
     # The histories are worth living through only if everything happens in them.
     assert seen.outcomes[Life.FINISHED] > 500
     assert min(seen.outcomes.values()) > 20
-    assert min(seen.transfers, seen.prefill_retries, seen.decode_retries, seen.local_prefills, seen.workers_lost) > 100
+    assert min(getattr(seen, name) for name in often) > 100

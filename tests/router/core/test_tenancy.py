@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -414,6 +415,55 @@ class TestPlacement:
         assert world.core.stats.local_cached == 1
 
 
+class TestOverflow:
+    """Prompts of 8 tokens; decode workers may compute 8 at a time."""
+
+    def world(self, **limits: Any) -> World:
+        world = World(**{"overflow_tokens_max": 8, **limits})
+        world.join("p", P, kv_blocks=512, prefill_legs=8), world.join("d", D, kv_blocks=512)
+        return world
+
+    def submit(self, world: World, count: int) -> list[bool]:
+        """Whether each is computed where it is decoded."""
+        for i in range(count):
+            world.submit(f"r{i}", (i, 2, 3, 4, 5, 6, 7, 8))
+        return [world.core.state.requests[f"default/r{i}"].local_prefill for i in range(count)]
+
+    def test_a_decode_worker_computes_a_prompt_when_prefill_workers_are_far_behind(self) -> None:
+        world = self.world()
+        # The third would come three times as late at p; then d has as much as it may, whatever p's queue.
+        assert self.submit(world, 6) == [False, False, True, False, False, False]
+        assert (world.core.stats.local_prefills, world.core.stats.local_overflow) == (1, 1)
+        story = world.story("r2")
+        assert story is not None
+        assert story.placed is not None
+        assert "far behind" in story.placed.why
+        assert story.placed.runner_up is not None
+        assert story.placed.runner_up.worker_id == "p"
+        world.settle()
+        assert world.core.stats.outcomes[Life.FINISHED] == 6
+
+    def test_it_computes_the_next_when_that_prompt_is_done(self) -> None:
+        world = self.world()
+        self.submit(world, 3)
+        world.step(world.workers["d"])
+        world.submit("next", (9, 2, 3, 4, 5, 6, 7, 8))
+        assert world.core.state.requests["default/next"].local_prefill
+
+    def test_none_does_unless_asked(self) -> None:
+        assert not any(self.submit(self.world(overflow_tokens_max=0), 6))
+
+    def test_a_prompt_longer_than_the_bound_never_does(self) -> None:
+        assert not any(self.submit(self.world(overflow_tokens_max=7), 6))
+
+    def test_rather_than_wait_for_prefill_workers_that_are_full_a_prompt_overflows(self) -> None:
+        world = World(overflow_tokens_max=8)
+        world.join("p", P, prefill_legs=1), world.join("d", D, kv_blocks=512)
+        assert self.submit(world, 2) == [False, True]
+        world.submit("third", (1, 2))
+        assert world.core.state.requests["default/third"].state is Life.QUEUED
+
+
 class TestTheStory:
     def test_it_tells_what_was_waited_for_and_names_no_one_else(self) -> None:
         world = World(book=book(Tenant(id="mine", tokens_in_flight_max=60), Tenant(id="secretive")))
@@ -528,6 +578,7 @@ class Tenancy(Actions):
             queue_requests_max=20,
             queue_tokens_max=300,
             local_prefill_tokens_max=20,
+            overflow_tokens_max=20,
             path_wait_s=5.0,
             history_max=5,
             reserve_tokens_max=4,
