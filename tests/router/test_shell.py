@@ -165,36 +165,18 @@ async def test_an_id_in_use_is_refused_before_the_core_hears_of_it() -> None:
     made.stop()
 
 
-async def test_after_a_fault_of_the_core_nothing_is_handled_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["deciding", "doing"])
+async def test_after_a_fault_nothing_is_handled_any_more(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, links = shell()
     made.joined(facts("b", Role.BOTH))
     told: list[bool] = []
     made.on_fault = lambda: told.append(True)
 
-    def broken(now: float, event: ev.Event) -> list[fx.Effect]:
+    def broken(*arguments: object) -> None:
         raise AssertionError("a fault of ours")
 
     with monkeypatch.context() as patched:
-        patched.setattr(made._core, "handle", broken)
-        with pytest.raises(AssertionError):
-            request(made)
-    assert told == [True]
-    request(made, "later")
-    assert links.effects == []
-    made.stop()
-
-
-async def test_a_fault_in_what_the_core_wants_done_is_one_of_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, links = shell()
-    made.joined(facts("b", Role.BOTH))
-    told: list[bool] = []
-    made.on_fault = lambda: told.append(True)
-
-    def broken(effect: WorkerEffect) -> None:
-        raise AssertionError("a fault of ours")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(links, "send", broken)
+        patched.setattr(*{"deciding": (made._core, "handle"), "doing": (links, "send")}[where], broken)
         with pytest.raises(AssertionError):
             request(made)
     assert told == [True]
