@@ -34,7 +34,7 @@ def flip(owner: Party, block: int, byte: int = 5) -> None:
 
 def is_corrupt(reader: Party, handle: bytes) -> str:
     with pytest.raises(FetchError) as raised:
-        reader.node.fetch(handle, 5.0)
+        reader.node.fetch(handle, 20.0)
     assert raised.value.outcome is Outcome.CORRUPT
     stats = reader.node.stats()
     assert (stats.staged_pages, stats.transfers_corrupt_total, stats.transfer_failures_total) == (0, 1, 1)
@@ -42,7 +42,7 @@ def is_corrupt(reader: Party, handle: bytes) -> str:
 
 
 def test_blocks_that_are_as_they_were_offered_are_staged(owner, reader):
-    fetched = reader.node.fetch(owner.offer(blocks=(3, 4, 9), tokens=40), 5.0)
+    fetched = reader.node.fetch(owner.offer(blocks=(3, 4, 9), tokens=40), 20.0)
     assert reader.staged(fetched.staged_id) == [owner.block(block) for block in (3, 4, 9)]
     reader.node.discard(fetched.staged_id)
 
@@ -72,7 +72,7 @@ def test_without_digests_nobody_would_know(world):
     owner, reader = world.open("p"), world.open("d")
     reader.node.connect(peer="p", address=owner.node.address)
     reader.corrupt_one_byte()
-    fetched = reader.node.fetch(owner.offer(blocks=(3, 4)), 5.0)
+    fetched = reader.node.fetch(owner.offer(blocks=(3, 4)), 20.0)
     assert reader.staged(fetched.staged_id) != [owner.block(3), owner.block(4)]
     reader.node.discard(fetched.staged_id)
 
@@ -93,13 +93,13 @@ def test_blocks_that_are_read_while_they_are_computed_are_compared_too(owner, re
     if corrupt:
         is_corrupt(reader, handle)
     else:
-        reader.node.discard(reader.node.fetch(handle, 5.0).staged_id)
+        reader.node.discard(reader.node.fetch(handle, 20.0).staged_id)
 
 
 def test_a_lease_that_ended_is_stale_and_not_corrupt(owner, reader):
     reader.during_read(lambda: (owner.node.cancel("t"), owner.overwrite(9)))
     with pytest.raises(FetchError) as raised:
-        reader.node.fetch(owner.offer(), 5.0)
+        reader.node.fetch(owner.offer(), 20.0)
     assert raised.value.outcome is Outcome.STALE
 
 
@@ -115,7 +115,7 @@ def test_a_reader_that_does_not_verify_reads_from_one_that_makes_digests(world, 
     reader = world.open("e")
     handle = owner.offer()
     flip(owner, 9)
-    reader.node.discard(reader.node.fetch(handle, 5.0).staged_id)
+    reader.node.discard(reader.node.fetch(handle, 20.0).staged_id)
 
 
 def test_there_are_no_digests_of_device_memory():

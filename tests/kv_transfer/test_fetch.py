@@ -32,7 +32,7 @@ def reader(world: World) -> Party:
     return world.open("d", limits=PIECES)
 
 
-def fetch_fails(reader: Party, handle: bytes, outcome: Outcome, timeout_s: float = 5.0) -> str:
+def fetch_fails(reader: Party, handle: bytes, outcome: Outcome, timeout_s: float = 20.0) -> str:
     """The detail; nothing may be left of the fetch."""
     with pytest.raises(FetchError) as raised:
         reader.node.fetch(handle, timeout_s)
@@ -71,7 +71,7 @@ def pause(reader: Party) -> tuple[threading.Event, threading.Event]:
 
 
 def test_the_blocks_arrive_and_the_lease_ends_by_itself(owner, reader):
-    fetched = reader.node.fetch(owner.offer(blocks=(3, 4, 9)), 5.0)
+    fetched = reader.node.fetch(owner.offer(blocks=(3, 4, 9)), 20.0)
     assert reader.staged(fetched.staged_id) == [owner.block(block) for block in (3, 4, 9)]
     assert (fetched.tokens, fetched.transport) == (48, "inproc")
     assert fetched.nbytes == 3 * owner.layout.block_bytes
@@ -84,7 +84,7 @@ def test_the_blocks_arrive_and_the_lease_ends_by_itself(owner, reader):
 
 
 def test_a_partial_last_block_is_fetched_whole(owner, reader):
-    fetched = reader.node.fetch(owner.offer(blocks=(1, 2), tokens=17), 5.0)
+    fetched = reader.node.fetch(owner.offer(blocks=(1, 2), tokens=17), 20.0)
     assert fetched.tokens == 17
     assert reader.staged(fetched.staged_id) == [owner.block(1), owner.block(2)]
     reader.node.discard(fetched.staged_id)
@@ -93,13 +93,13 @@ def test_a_partial_last_block_is_fetched_whole(owner, reader):
 def test_arenas_of_another_size_and_order_exchange_blocks(world):
     owner = world.open("p", blocks=50, where=block_major)
     reader = world.open("d", blocks=20)
-    fetched = reader.node.fetch(owner.offer(blocks=(49, 0, 7)), 5.0)
+    fetched = reader.node.fetch(owner.offer(blocks=(49, 0, 7)), 20.0)
     assert reader.staged(fetched.staged_id) == [owner.block(block) for block in (49, 0, 7)]
     reader.node.discard(fetched.staged_id)
 
 
 def test_a_node_can_fetch_from_itself(owner):
-    fetched = owner.node.fetch(owner.offer(blocks=(5,)), 5.0)
+    fetched = owner.node.fetch(owner.offer(blocks=(5,)), 20.0)
     assert owner.staged(fetched.staged_id) == [owner.block(5)]
     owner.node.discard(fetched.staged_id)
 
@@ -107,7 +107,7 @@ def test_a_node_can_fetch_from_itself(owner):
 def test_corruption_on_the_way_shows_when_bytes_are_compared(owner, reader):
     reader.node.connect(peer="p", address=owner.node.address)
     reader.corrupt_one_byte()
-    fetched = reader.node.fetch(owner.offer(blocks=(3, 4)), 5.0)
+    fetched = reader.node.fetch(owner.offer(blocks=(3, 4)), 20.0)
     assert reader.staged(fetched.staged_id) != [owner.block(3), owner.block(4)]
     reader.node.discard(fetched.staged_id)
 
@@ -143,7 +143,7 @@ def test_a_lease_that_ends_after_the_last_byte_and_before_the_word_is_stale(owne
 def test_a_lease_that_ends_after_the_word_was_read_was_held(owner, reader):
     reader.node.connect(peer="p", address=owner.node.address)
     reader.during_read(lambda: owner.node.cancel("t"), region=BOARD)
-    fetched = reader.node.fetch(owner.offer(), 5.0)
+    fetched = reader.node.fetch(owner.offer(), 20.0)
     reader.node.discard(fetched.staged_id)
 
 
@@ -201,7 +201,7 @@ def test_the_rows_next_lease_does_not_confirm_the_last_one(world, reader):
     owner.node.take_ended()
     second = owner.offer("u", blocks=(1, 2))
     fetch_fails(reader, first, Outcome.STALE)
-    fetched = reader.node.fetch(second, 5.0)
+    fetched = reader.node.fetch(second, 20.0)
     reader.node.discard(fetched.staged_id)
 
 
@@ -225,9 +225,9 @@ def test_a_tampered_handle_is_refused(owner, reader):
 
 def test_a_handle_is_good_for_one_fetch(owner, reader):
     handle = owner.offer()
-    fetched = reader.node.fetch(handle, 5.0)
+    fetched = reader.node.fetch(handle, 20.0)
     with pytest.raises(FetchError, match="used before"):
-        reader.node.fetch(handle, 5.0)
+        reader.node.fetch(handle, 20.0)
     assert reader.staged(fetched.staged_id) == [owner.block(block) for block in (3, 4, 9)]
     reader.node.discard(fetched.staged_id)
     assert "used before" in fetch_fails(reader, handle, Outcome.REFUSED)
@@ -278,13 +278,13 @@ def test_what_the_owner_does_not_have_is_refused(owner, reader, change, says):
 
 
 def test_a_full_staging_is_said_and_the_handle_stays_good(owner, reader):
-    first = reader.node.fetch(owner.offer("t", blocks=range(12)), 5.0)
+    first = reader.node.fetch(owner.offer("t", blocks=range(12)), 20.0)
     second = owner.offer("u", blocks=range(12, 20))
     with pytest.raises(FetchError, match="8 pages; 4 of 16 are free") as raised:
-        reader.node.fetch(second, 5.0)
+        reader.node.fetch(second, 20.0)
     assert raised.value.outcome is Outcome.FULL
     reader.node.discard(first.staged_id)
-    fetched = reader.node.fetch(second, 5.0)
+    fetched = reader.node.fetch(second, 20.0)
     assert reader.staged(fetched.staged_id)[0] == owner.block(12)
     reader.node.discard(fetched.staged_id)
 
@@ -294,14 +294,14 @@ def test_more_fetches_than_allowed_at_once_are_answered_full(world, owner):
     reader.node.connect(peer="p", address=owner.node.address)
     reading, go_on = pause(reader)
     with ThreadPoolExecutor(1) as threads:
-        first = threads.submit(reader.node.fetch, owner.offer("t"), 5.0)
+        first = threads.submit(reader.node.fetch, owner.offer("t"), 20.0)
         assert reading.wait(60)
         second = owner.offer("u")
         with pytest.raises(FetchError, match="1 fetches are under way"):
-            reader.node.fetch(second, 5.0)
+            reader.node.fetch(second, 20.0)
         go_on.set()
         reader.node.discard(first.result().staged_id)
-    reader.node.discard(reader.node.fetch(second, 5.0).staged_id)
+    reader.node.discard(reader.node.fetch(second, 20.0).staged_id)
 
 
 # -- failed
@@ -337,7 +337,7 @@ def test_a_failed_read_ends_the_lease_at_the_owner_at_once(owner, reader, error)
     reader.during_read(fail)
     assert str(error) in fetch_fails(reader, owner.offer(), Outcome.FAILED)
     ended(owner)
-    fetched = reader.node.fetch(owner.offer("u"), 5.0)
+    fetched = reader.node.fetch(owner.offer("u"), 20.0)
     reader.node.discard(fetched.staged_id)
 
 
@@ -358,7 +358,7 @@ def test_pages_of_a_read_that_may_go_on_return_when_it_is_over(owner, reader):
     fetch_fails(reader, owner.offer(blocks=range(12)), Outcome.FAILED)
     assert reader.node.stats().quarantined_pages == 12
     # Not these pages, but others, from the same peer, met again.
-    fetched = reader.node.fetch(owner.offer("u", blocks=range(4)), 5.0)
+    fetched = reader.node.fetch(owner.offer("u", blocks=range(4)), 20.0)
     reader.node.discard(fetched.staged_id)
     fetch_fails(reader, owner.offer("v", blocks=range(5)), Outcome.FULL)
     over.set()
@@ -370,7 +370,7 @@ def test_a_defect_in_a_transport_keeps_the_pages_out_of_use(owner, reader):
     reader.node.connect(peer="p", address=owner.node.address)
     reader.during_read(lambda: [][0])
     with pytest.raises(IndexError):
-        reader.node.fetch(owner.offer(), 5.0)
+        reader.node.fetch(owner.offer(), 20.0)
     assert reader.node.stats().quarantined_pages == 3
     ended(owner)
 
@@ -444,7 +444,7 @@ def test_discarding_what_is_being_fetched_cancels_it(owner, reader):
 
 
 def test_only_who_claimed_the_pages_gives_them_back(owner, reader):
-    fetched = reader.node.fetch(owner.offer(), 5.0)
+    fetched = reader.node.fetch(owner.offer(), 20.0)
     pages = reader.node.claim(fetched.staged_id)
     assert pages == reader.node.pages(fetched.staged_id)
     assert reader.node.claim(fetched.staged_id) == (), "claimed once"
@@ -456,7 +456,7 @@ def test_only_who_claimed_the_pages_gives_them_back(owner, reader):
 
 
 def test_discard_may_come_twice_or_for_nothing(owner, reader):
-    fetched = reader.node.fetch(owner.offer(), 5.0)
+    fetched = reader.node.fetch(owner.offer(), 20.0)
     reader.node.consumed(fetched.staged_id)
     assert reader.node.stats().staged_pages == 3, "not claimed, so not the engine's to give back"
     reader.node.discard(fetched.staged_id)
@@ -474,10 +474,10 @@ def test_a_restarted_owner_is_met_again_and_its_former_handles_are_stale(world, 
     owner = world.open("p")
     port = int(owner.node.address.rpartition(":")[2])
     former = owner.offer("t")
-    reader.node.discard(reader.node.fetch(owner.offer("u"), 5.0).staged_id)
+    reader.node.discard(reader.node.fetch(owner.offer("u"), 20.0).staged_id)
     owner.node.close()
     again = world.open("p", incarnation="i2", port=port)
-    fetched = reader.node.fetch(again.offer("t"), 5.0)
+    fetched = reader.node.fetch(again.offer("t"), 20.0)
     assert reader.staged(fetched.staged_id) == [again.block(block) for block in (3, 4, 9)]
     reader.node.discard(fetched.staged_id)
     assert "has restarted" in fetch_fails(reader, former, Outcome.STALE)
@@ -490,7 +490,7 @@ def test_the_peer_used_least_recently_is_forgotten_and_met_again(world):
     owners = [world.open(name) for name in ("p1", "p2")]
     for round_ in range(3):
         for owner in owners:
-            fetched = reader.node.fetch(owner.offer(f"t{round_}"), 5.0)
+            fetched = reader.node.fetch(owner.offer(f"t{round_}"), 20.0)
             reader.node.discard(fetched.staged_id)
             assert [lane.peer for lane in reader.node.stats().lanes] == [owner.node.name]
 
@@ -568,7 +568,7 @@ def test_a_read_of_the_board_is_all_that_a_fetch_adds(owner, reader):
     reader.node.connect(peer="p", address=owner.node.address)
     regions: list[str] = []
     reader.inproc.hook = lambda event: regions.append(event.segments.remote_region) if event.done else None
-    reader.node.discard(reader.node.fetch(owner.offer(), 5.0).staged_id)
+    reader.node.discard(reader.node.fetch(owner.offer(), 20.0).staged_id)
     assert regions[-1] == BOARD
     assert set(regions[:-1]) == {ARENA}
 
@@ -587,4 +587,4 @@ def test_a_read_of_the_word_that_may_go_on_keeps_its_scratch_too(world, owner):
     fetch_fails(reader, owner.offer("u"), Outcome.FULL)
     over.set()
     eventually(lambda: reader.node.stats().quarantined_pages == 0)
-    reader.node.discard(reader.node.fetch(owner.offer("v"), 5.0).staged_id)
+    reader.node.discard(reader.node.fetch(owner.offer("v"), 20.0).staged_id)

@@ -175,14 +175,14 @@ def test_a_read_of_memory_that_the_owner_has_unmapped_fails(shm: ShmTransport) -
     regions["arena"]["address"] = 1 << 46
     shm.connect("p", "i1", _claim(shm, regions=regions))
     with pytest.raises(PeerGone, match="Bad address"):
-        shm.read("p", WHOLE, 5.0)
+        shm.read("p", WHOLE, 20.0)
 
 
 def test_a_deadline_that_has_passed_is_noticed_before_a_byte_moves(shm: ShmTransport) -> None:
     shm.connect("p", "i1", shm.export())
     with pytest.raises(ReadTimedOut):
         shm.read("p", WHOLE, -1.0)
-    shm.read("p", WHOLE, 5.0)
+    shm.read("p", WHOLE, 20.0)
 
 
 # -- tcp
@@ -190,8 +190,8 @@ def test_a_deadline_that_has_passed_is_noticed_before_a_byte_moves(shm: ShmTrans
 
 def _dial_past_the_checks(owner: TcpTransport) -> tuple[socket.socket, dict[str, int]]:
     theirs = msgspec.msgpack.decode(owner.export(), type=Exported)
-    connection = _dial(theirs, None, time.monotonic() + 5)
-    connection.settimeout(5)
+    connection = _dial(theirs, None, time.monotonic() + 20)
+    connection.settimeout(20)
     return connection, theirs.regions
 
 
@@ -254,7 +254,7 @@ def test_adjacent_and_empty_segments_arrive_in_place(both: Both) -> None:
     remote = np.array([0, 100, 100, 5000, 100], np.uint64)
     local = np.array([10, 110, 5, 210, 1000], np.uint64)
     sizes = np.array([100, 100, 0, 50, 0], np.uint64)
-    reader.read("p", Segments(ARENA, STAGING, remote, local, sizes), 5.0)
+    reader.read("p", Segments(ARENA, STAGING, remote, local, sizes), 20.0)
     want = np.full(STAGING_BYTES, 0xA5, np.uint8)
     want[10:210], want[210:260] = theirs[ARENA][:200], theirs[ARENA][5000:5050]
     assert np.array_equal(ours[STAGING], want)
@@ -462,7 +462,7 @@ def test_an_owner_that_hangs_costs_the_fetch_at_most_and_no_pages(name: str, rea
         handle = _offer(owner, "t", [1, 2, 3])
         owner.stop()
         if name == "shm":  # the owner has no part in it
-            fetched = reader.node.fetch(handle, 5.0)
+            fetched = reader.node.fetch(handle, 20.0)
             assert reader.staged(fetched.staged_id) == _expected(owner, [1, 2, 3])
             reader.node.discard(fetched.staged_id)
         else:

@@ -94,7 +94,7 @@ def test_where_the_lane_is_cma_a_stopped_owner_is_read_all_the_same() -> None:
         assert transport.lane("p") == "nixl/cma"
         transport.read("p", one_segment(ARENA, 0, STAGING, 0, 8), 20.0)  # the first one wires up, with the owner's help
         owner.stop()
-        transport.read("p", one_segment(ARENA, 0, STAGING, 0, 1 << 20), 5.0)
+        transport.read("p", one_segment(ARENA, 0, STAGING, 0, 1 << 20), 20.0)
         assert np.array_equal(memory[STAGING][: 1 << 20], exported_memory(1)[0][: 1 << 20])
         transport.close()
 

@@ -108,7 +108,7 @@ def test_a_forged_handle_moves_nothing(world: World) -> None:
 def test_a_release_that_gets_lost_costs_time_not_blocks(world: World) -> None:
     owner, reader = world.open("p"), world.open("d", limits=NodeLimits(releases_in_flight=0))
     assert not reader.node.connect(peer="p", address=owner.node.address).refusal
-    reader.node.discard(reader.node.fetch(owner.offer(ttl_s=1.0), 5.0).staged_id)
+    reader.node.discard(reader.node.fetch(owner.offer(ttl_s=2.0), 20.0).staged_id)
     assert reader.node.stats().releases_lost_total == 1
     eventually(lambda: owner.node.take_ended() == ["t"])
     assert owner.node.stats().leases_expired_total == 1
@@ -123,9 +123,9 @@ def test_releases_that_could_not_be_sent_take_nobodys_room(world: World, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(PeerClient, "release", no_thread)
-        reader.node.discard(reader.node.fetch(owner.offer("a"), 5.0).staged_id)
+        reader.node.discard(reader.node.fetch(owner.offer("a"), 20.0).staged_id)
         eventually(lambda: reader.node.stats().releases_lost_total == 1)
-    reader.node.discard(reader.node.fetch(owner.offer("b"), 5.0).staged_id)
+    reader.node.discard(reader.node.fetch(owner.offer("b"), 20.0).staged_id)
     eventually(lambda: owner.node.take_ended() == ["b"])
 
 
@@ -158,12 +158,12 @@ def test_closing_ends_leases_and_fetches_and_may_come_twice(world: World) -> Non
 
     reader.during_read(close)
     with pytest.raises(FetchError) as raised:
-        reader.node.fetch(handle, 5.0)
+        reader.node.fetch(handle, 20.0)
     assert raised.value.outcome is Outcome.FAILED
     closing.join()
     reader.node.close()
     with pytest.raises(FetchError, match="closed"):
-        reader.node.fetch(owner.offer("u"), 5.0)
+        reader.node.fetch(owner.offer("u"), 20.0)
     owner.node.close()
     assert owner.node.stats().leases_held == 0
     assert all(owner.word(row) == 0 for row in range(256))
@@ -174,13 +174,13 @@ def test_an_owner_that_closes_in_mid_read_is_stale_or_gone_never_staged(world: W
     reader.node.connect(peer="p", address=owner.node.address)
     reader.during_read(owner.node.close)
     with pytest.raises(FetchError):
-        reader.node.fetch(owner.offer(), 5.0)
+        reader.node.fetch(owner.offer(), 20.0)
 
 
 def test_counts_come_back_to_nothing(world: World) -> None:
     owner, reader = world.open("p"), world.open("d")
     for number in range(20):
-        fetched = reader.node.fetch(owner.offer(f"t{number}"), 5.0)
+        fetched = reader.node.fetch(owner.offer(f"t{number}"), 20.0)
         reader.node.discard(fetched.staged_id)
     taken: list[str] = []
 

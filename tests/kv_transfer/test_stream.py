@@ -125,7 +125,7 @@ def test_block_ids_may_become_known_as_they_are_needed(owner, reader):
 def test_a_stream_that_is_complete_is_fetched_like_any_lease(owner, reader):
     handle = stream(owner)
     owner.node.publish("t", BLOCKS, TOKENS)
-    fetched = reader.node.fetch(handle, 5.0)
+    fetched = reader.node.fetch(handle, 20.0)
     assert reader.staged(fetched.staged_id) == [owner.block(block) for block in BLOCKS]
     reader.node.discard(fetched.staged_id)
     eventually(lambda: owner.node.take_ended() == ["t"])
@@ -142,7 +142,7 @@ def test_a_lease_expires_after_it_is_complete_and_not_before(owner, reader):
     owner.node.publish("t", BLOCKS, TOKENS)
     eventually(lambda: owner.node.take_ended() == ["t"])
     with pytest.raises(FetchError) as raised:
-        reader.node.fetch(handle, 1.0)
+        reader.node.fetch(handle, 20.0)
     assert raised.value.outcome is Outcome.STALE
 
 
@@ -214,7 +214,7 @@ def test_a_read_ahead_that_fails_costs_nothing_but_its_time(owner, reader):
     reading.fails(Outcome.FAILED)
     reader.inproc.hook = None
     owner.node.publish("t", BLOCKS, TOKENS)
-    fetched = reader.node.fetch(handle, 5.0)
+    fetched = reader.node.fetch(handle, 20.0)
     assert reader.staged(fetched.staged_id) == [owner.block(block) for block in BLOCKS]
     reader.node.discard(fetched.staged_id)
     eventually(lambda: owner.node.take_ended() == ["t"])
@@ -226,7 +226,7 @@ def test_what_was_read_ahead_and_discarded_is_stale_for_the_next(owner, reader):
     reader.node.discard(reader.node.fetch(handle, 5.0, ahead=True).staged_id)
     eventually(lambda: owner.node.take_ended() == ["t"])
     with pytest.raises(FetchError) as raised:
-        reader.node.fetch(handle, 5.0)
+        reader.node.fetch(handle, 20.0)
     assert raised.value.outcome is Outcome.STALE
 
 
@@ -422,7 +422,7 @@ def test_a_row_that_names_blocks_outside_the_arena_is_not_followed(owner, reader
     handle = stream(owner)
     owner.node._leases.publish(0.0, "t", [99, 4], 32)
     with pytest.raises(FetchError, match="block 99 of an arena with 32") as raised:
-        reader.node.fetch(handle, 5.0)
+        reader.node.fetch(handle, 20.0)
     assert raised.value.outcome is Outcome.FAILED
     owner.node.withdraw("t")
 

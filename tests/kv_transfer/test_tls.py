@@ -71,7 +71,7 @@ def test_a_node_without_certificate_or_with_one_of_another_authority_meets_nobod
 def test_who_shows_no_certificate_is_told_nothing_where_one_is_required(owner: Party, authority: Authority) -> None:
     believer = PeerClient(owner.node.address, secret=SECRET, tls=Tls(TlsFiles(ca=str(authority.ca))))
     with pytest.raises(PeerUnreachable):
-        believer.describe("d", 5.0)
+        believer.describe("d", 20.0)
     believer.close()
 
 
@@ -108,7 +108,7 @@ def test_reads_over_tls_bring_the_bytes(tls: Tls) -> None:
         assert np.array_equal(reader.staging[local : local + 16384], owner.memory[ARENA][remote : remote + 16384])
     owner.transport.close()
     with pytest.raises(PeerGone):
-        reader.transport.read("p", WHOLE, 5.0)
+        reader.transport.read("p", WHOLE, 20.0)
     reader.transport.close()
 
 

@@ -335,7 +335,10 @@ class TestRenewal:
                 assert await generate(router) == [*ANSWER]
             assert (await asyncio.to_thread(get, router.bound.http_port, "/health", context))[0] in (200, 503)
             believed.write_bytes(Authority(tmp_path / "next").ca.read_bytes())
-            await asyncio.sleep(1.5)  # a look of the router's at its files
+            for port, said in beginnings(router).items():
+                async with asyncio.timeout(WAIT_S):
+                    while not await is_refused(port, context, said):  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)  # the router's look at its files
             async with dialled(router, mine):
                 assert (await refused(router)).code() is grpc.StatusCode.UNAVAILABLE
             with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
@@ -352,8 +355,7 @@ class TestRenewal:
             context = Tls(authority.issue("client")).client_context()
             context.maximum_version = version
             context.set_alpn_protocols(["h2", "http/1.1"])
-            ports = {router.bound.port: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))}
-            ports[router.bound.http_port or 0] = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+            ports = beginnings(router)
             before = {port: await asyncio.to_thread(session, port, context, said) for port, said in ports.items()}
             believed.write_bytes(Authority(tmp_path / "next").ca.read_bytes())
             for port, said in ports.items():
@@ -361,6 +363,14 @@ class TestRenewal:
                     while not await is_refused(port, context, said):  # noqa: ASYNC110
                         await asyncio.sleep(0.05)  # the router's look at its files
                 assert await is_refused(port, context, said, before[port])
+
+
+def beginnings(router: Router) -> dict[int, bytes]:
+    """What a client may say first, by port."""
+    return {
+        router.bound.port: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)),
+        router.bound.http_port or 0: b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n",
+    }
 
 
 async def is_refused(port: int, context: ssl.SSLContext, said: bytes, resumed: ssl.SSLSession | None = None) -> bool:

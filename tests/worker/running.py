@@ -24,7 +24,7 @@ def worker_config(
     prefill: PrefillLimits = PREFILL_LIMITS,
     decode: DecodeLimits = DECODE_LIMITS,
     outbox_max: int = 4096,
-    drain_grace_s: float = 5,
+    drain_grace_s: float = 60,
     stop_timeout_s: float = 5,
     health_address: str = "",
     metrics_address: str = "",
