@@ -176,8 +176,11 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
         def take(message: wire.WorkerMessage) -> None:
             if self._links.get(worker_id) is not link:
                 return
+            # What begins answers reaches its readers before the rest is looked at, unless we lag: then what several
+            # steps gave an answer is one piece.
+            lags = self._shell.owes_readers
             for number, event in enumerate(wire.events(worker_id, message)):
-                if number:  # what begins answers reaches its readers before the rest is looked at
+                if number and not lags:
                     link.carry_out()
                 self._shell.handle(event)
 

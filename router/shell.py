@@ -133,6 +133,11 @@ class Shell:
                 self._loop.call_soon(self.deliver)
             self._touched[stream] = None
 
+    @property
+    def owes_readers(self) -> bool:
+        """Something came that `deliver` will tell of."""
+        return bool(self._touched)
+
     def deliver(self) -> None:
         """Tells readers what came for them. Once for all that one turn of the loop brought, so that what several
         engine steps gave an answer while we lagged is one piece; whoever read it can call this sooner."""
