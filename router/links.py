@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
@@ -176,13 +176,7 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
         def take(message: wire.WorkerMessage) -> None:
             if self._links.get(worker_id) is not link:
                 return
-            # What begins answers reaches its readers before the rest is looked at, unless we lag: then what several
-            # steps gave an answer is one piece.
-            lags = self._shell.owes_readers
-            for number, event in enumerate(wire.events(worker_id, message)):
-                if number and not lags:
-                    link.carry_out()
-                self._shell.handle(event)
+            hand_on(self._shell, wire.events(worker_id, message), link.carry_out)
 
         try:
             if isinstance(requests, Call):
@@ -199,6 +193,16 @@ class Links(worker_link_pb2_grpc.WorkerLinkServicer):
         if self._links.get(worker_id) is link:
             del self._links[worker_id]
             self._shell.handle(ev.WorkerLost(worker_id, why))
+
+
+def hand_on(shell: Shell, events: Sequence[ev.Event], carry_out: Callable[[], None]) -> None:
+    """What begins answers reaches its readers before the rest is looked at, unless we lag: then what several steps gave
+    an answer is one piece."""
+    lags = shell.owes_readers
+    for number, event in enumerate(events):
+        if number and not lags:
+            carry_out()
+        shell.handle(event)
 
 
 def _is_of(introduction: Introduction, worker_id: str, incarnation: str) -> bool:

@@ -15,6 +15,7 @@ from router.core.errors import AlreadyExists
 from router.core.limits import CoreLimits
 from router.core.request import FinishReason, Route, Timings, TokenLogprobs, Usage
 from router.core.worker import Role
+from router.links import hand_on
 from router.port import RequestStream
 from router.shell import Shell, WorkerEffect
 from tests.router.core.world import MODEL, World, facts
@@ -64,6 +65,31 @@ def stream(tokens_max: int = 100) -> tuple[RequestStream, list[str]]:
         overrun=lambda _: said.append("overrun"),
     )
     return made, said
+
+
+async def test_answers_begin_before_others_go_on_unless_the_router_lags() -> None:
+    made, links = shell()
+    made.handle(ev.WorkerJoined(facts("w", Role.BOTH)))
+    streams = [request(made, name) for name in "ab"]
+    legs = [effect.leg_id for effect in links.effects if isinstance(effect, fx.SendDecode)]
+
+    def step(index: int, *token_ids: int) -> ev.StepOutputs:
+        return ev.StepOutputs("w", (ev.StepOutput(legs[index], token_ids, None),))
+
+    told: list[tuple[int, tuple[int, ...]]] = []
+
+    def tell() -> None:
+        for index, one in enumerate(streams):
+            if token_ids := one.take().token_ids:
+                told.append((index, token_ids))
+        made.deliver()
+
+    hand_on(made, [step(0, 1), step(1, 2)], tell)
+    assert told == [(0, (1,))]
+    hand_on(made, [step(0, 3), step(1, 4)], tell)  # b has not been told yet
+    assert told == [(0, (1,))]
+    tell()
+    assert told[1:] == [(0, (3,)), (1, (2, 4))]
 
 
 async def test_tokens_merge_while_the_reader_lags() -> None:
