@@ -34,15 +34,26 @@ async def test_a_prefill_cancelled_within_its_first_moments(pair: Pair, steps: i
     assert is_idle(load), load
 
 
-async def test_a_prefill_cancelled_when_its_blocks_are_pinned_already(pair: Pair) -> None:
+async def test_a_prefill_cancelled_when_its_blocks_are_pinned_already(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM ignores an abort by then, and the lease has half a minute to go."""
     expired = (await pair.prefill.load()).leases_expired_total
     leg = PrefillLeg(leg_id="late", tenant="t", token_ids=prompt(300), sampling=LONG, hand_off=True)
-    task: asyncio.Task[object] = asyncio.create_task(pair.prefill.prefill(leg))
-    for _ in range(20):
-        await asyncio.sleep(0)
-    # While this process sees nothing, the engine computes, pins and answers.
-    time.sleep(0.5)  # noqa: ASYNC251
+    sent: list[object] = []
+    send = pair.prefill._send
+
+    def send_and_wait(message: object) -> None:
+        """While this process sees nothing, the engine computes, pins and answers."""
+        send(message)  # type: ignore[arg-type]
+        sent.append(message)
+        time.sleep(0.5)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pair.prefill, "_send", send_and_wait)
+        task: asyncio.Task[object] = asyncio.create_task(pair.prefill.prefill(leg))
+        while not sent:  # noqa: ASYNC110  one turn of the loop, or two
+            await asyncio.sleep(0)
     await cancel(task)
     assert task.cancelled()
     load = await becomes_idle(pair.prefill)
