@@ -129,8 +129,8 @@ def test_an_idle_agent_sleeps() -> None:
         transport.read("p", one_segment(ARENA, 0, STAGING, 0, 1 << 20), 20.0)
         ours, theirs = time.process_time(), owner.cpu_s()
         time.sleep(1.0)
-        assert time.process_time() - ours < 0.25, "what does not sleep takes a core"
-        assert owner.cpu_s() - theirs < 0.25
+        assert time.process_time() - ours < 0.5, "what does not sleep takes a core"
+        assert owner.cpu_s() - theirs < 0.5
         transport.close()
 
 

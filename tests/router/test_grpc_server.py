@@ -447,7 +447,7 @@ class TestFrames:
             writer.close()
 
     async def test_a_silent_connection_is_asked_and_then_let_go(self) -> None:
-        async with by_frames(ConnectionLimits(greeting_timeout_s=0.1, silence_s_max=0.1)) as (echo, raw):
+        async with by_frames(ConnectionLimits(greeting_timeout_s=2, silence_s_max=0.1)) as (echo, raw):
             raw.call(1, "Wait")
             assert (await raw.frame_of(h2.PING)).flags == 0
             with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):

@@ -721,7 +721,7 @@ NOT_JSON = [
 async def serving() -> AsyncIterator[Router]:
     """One router for all bad input, which must be up at the end."""
     limits = RequestLimits(message_bytes_max=BODY_BYTES_MAX)
-    http = HttpLimits(read_timeout_s=1.0, head_bytes_max=20_000)
+    http = HttpLimits(read_timeout_s=3.0, head_bytes_max=20_000)
     async with running(http_port=0, requests=limits, http=http) as router:
         await router.worker("b", answer=ANSWER)
         yield router
