@@ -51,10 +51,11 @@ def cluster(
     logs: Path,
     router: RouterConfig | None = None,
     prefill: PrefillLimits | None = None,
+    decode_options: EngineOptions | None = None,
     legs: int = 64,
 ) -> Iterator[Cluster]:
-    """Worker i has role i, and takes so many decode legs. Returns at once; `wait_ready` waits, so that several
-    clusters can load side by side."""
+    """Worker i has role i, and takes so many decode legs; decode workers may have options of their own. Returns at
+    once; `wait_ready` waits, so that several clusters can load side by side."""
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
     config = router or RouterConfig(
@@ -68,11 +69,12 @@ def cluster(
         workers_address = f"127.0.0.1:{ports['worker_port'] or ports['port']}"
         for number, role in enumerate(roles):
             worker_id = f"{name}-{role.value}-{number}"
+            its_options = decode_options if decode_options and role is Role.DECODE else options
             told = WorkerConfig(
                 role=role,
                 routers=(workers_address,),
                 engine=engine,
-                engine_options=replace(options, name=worker_id),
+                engine_options=replace(its_options, name=worker_id),
                 prefill=prefill or PrefillLimits(),
                 decode=DecodeLimits(legs=legs),
                 link=LinkSettings(outbox_max=max(4096, 4 * legs)),

@@ -6,7 +6,10 @@ and new, so no prefix cache helps; sampling is greedy and EOS is ignored, so eve
 
 The pair's engines compute 512 tokens a step at most, the whole ones 2,048, as vLLM does by default. On a CPU a prompt
 costs a tenth more in the smaller steps. The pair buys with it that prompts which come together are handed over one by
-one. In whole engines they would shorten what a prompt delays the answers beside it, which is not measured here.
+one. Its decode worker computes prompts itself while the prefill worker is far behind (`router.limits`), 128 tokens a
+step of one at most, so that these delay the answers there by no more. In whole engines small steps would shorten what a
+prompt delays the answers beside it, which is not measured here. What the pair does without any overflow:
+`--overflow 0`.
 
 vLLM's own pair with NixlConnector (nixl_pair.py) is measured last, when the others have gone: each of its engines keeps
 a core busy while it has nothing to do. It is so slow that it gets few requests. A pair that fails is started once more;
@@ -14,6 +17,7 @@ if that fails, too, its checks are missed, and its rows say why.
 
     make bench-handoff                     # vLLM and the shipped model
     make bench-handoff ARGS="--engine sim --rounds 1"
+    make bench-handoff ARGS="--overflow 0"
 """
 
 from __future__ import annotations
@@ -46,6 +50,8 @@ from benchmarks.nixl_pair import wait_ready as wait_pair_ready
 from benchmarks.report import Check, Row, at_least, at_most, environment, percentile, report
 from engine.base import EngineOptions
 from prefill.admission import PrefillLimits
+from router.config import RouterConfig
+from router.core.limits import CoreLimits
 from tandem import AsyncClient
 from worker.config import Role
 
@@ -55,8 +61,10 @@ TOPOLOGIES: Mapping[str, Sequence[Role]] = {
     "two whole": (Role.BOTH, Role.BOTH),
 }
 #: Of the pair: tokens in one step, and prompts at once for two of those, so that one waits in the engine for the next.
-PAIR_STEP_TOKENS = 512
-PAIR_LIMITS = PrefillLimits(running_tokens=2 * PAIR_STEP_TOKENS)
+STEP_TOKENS = 512
+PREFILL_LIMITS = PrefillLimits(running_tokens=2 * STEP_TOKENS)
+#: Of the pair's decode worker: the longest prompt that it computes itself, and how much of it in a step.
+OVERFLOW_TOKENS, OVERFLOW_STEP_TOKENS = 4096, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,7 @@ class Measured:
     #: Between two messages of one answer, pooled.
     itl_s: list[float] = field(default_factory=list)
     prefill_s: list[float] = field(default_factory=list)
-    #: First token sent to the client until the second one.
+    #: First token sent to the client until the second one, of requests that were handed over.
     handoff_s: list[float] = field(default_factory=list)
     tokens_per_s: list[float] = field(default_factory=list)
 
@@ -130,7 +138,8 @@ async def one_request(client: AsyncClient, prompt: list[int], answer_tokens: int
     assert tokens == answer_tokens == result.finished.usage.completion_tokens
     gaps = [later - earlier for earlier, later in zip(came, came[1:], strict=False)]
     into.ttft_s.append(came[0] - sent)
-    into.handoff_s.append(gaps[0])
+    if not result.finished.route.local_prefill:
+        into.handoff_s.append(gaps[0])
     into.itl_s += gaps
     into.prefill_s.append(result.finished.timings.prefill_s)
     return tokens
@@ -156,6 +165,7 @@ def as_row(what: str, shape: Shape, measured: Measured) -> Row:
         "prefill_ms_p50": ms(measured.prefill_s, 0.5),
         "handoff_ms_p50": ms(measured.handoff_s, 0.5) if what == "1P+1D" else None,
         "handoff_ms_p99": ms(measured.handoff_s, 0.99) if what == "1P+1D" else None,
+        "overflowed": 1 - len(measured.handoff_s) / len(measured.ttft_s) if what == "1P+1D" else None,
         "itl_ms_p50": ms(measured.itl_s, 0.5),
         "itl_ms_p99": ms(measured.itl_s, 0.99),
     }
@@ -198,6 +208,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of every topology under every load, interleaved")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--overflow", type=int, default=OVERFLOW_TOKENS, help="the pair's router.limits.overflow_tokens_max"
+    )
     arguments = parser.parse_args()
     env = environment()
     options = EngineOptions(
@@ -215,7 +228,7 @@ def main() -> None:
     print(f"logs in {logs}")
     with ExitStack() as stack:
         found = {
-            name: stack.enter_context(start(name, roles, options, arguments.engine, logs))
+            name: stack.enter_context(start(name, roles, options, arguments.engine, arguments.overflow, logs))
             for name, roles in TOPOLOGIES.items()
         }
         for name, roles in TOPOLOGIES.items():
@@ -233,12 +246,27 @@ def main() -> None:
 
 
 def start(
-    name: str, roles: Sequence[Role], options: EngineOptions, engine: str, logs: Path
+    name: str, roles: Sequence[Role], options: EngineOptions, engine: str, overflow: int, logs: Path
 ) -> AbstractContextManager[Cluster]:
-    limits = None
-    if Role.PREFILL in roles:
-        options, limits = replace(options, max_batched_tokens=PAIR_STEP_TOKENS), PAIR_LIMITS
-    return cluster(name.replace(" ", "-"), roles, options, engine=engine, logs=logs, prefill=limits)
+    if Role.PREFILL not in roles:
+        return cluster(name.replace(" ", "-"), roles, options, engine=engine, logs=logs)
+    options = replace(options, max_batched_tokens=STEP_TOKENS)
+    return cluster(
+        name,
+        roles,
+        options,
+        engine=engine,
+        logs=logs,
+        router=RouterConfig(
+            model_dir=options.model,
+            model_name=options.served_model_name,
+            port=0,
+            log_level="WARNING",
+            limits=CoreLimits(overflow_tokens_max=overflow),
+        ),
+        prefill=PREFILL_LIMITS,
+        decode_options=replace(options, long_prefill_token_threshold=OVERFLOW_STEP_TOKENS),
+    )
 
 
 async def measure(found: Mapping[str, Cluster], rounds: int) -> dict[tuple[Shape, str], Measured]:

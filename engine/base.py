@@ -263,6 +263,8 @@ class EngineOptions:
     max_running: int = 64
     #: Tokens one engine step computes at most; longer prompts are prefilled in chunks.
     max_batched_tokens: int = 2048
+    #: Of these, tokens of one prompt; 0: as many as fit. The rest is left to others, who would wait for that prompt.
+    long_prefill_token_threshold: int = 0
     #: None takes the model's own.
     max_model_len: int | None = None
     prefix_caching: bool = True

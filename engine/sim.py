@@ -457,6 +457,7 @@ def _start(
         CoreLimits(
             max_running=options.max_running,
             max_batched_tokens=max(options.max_batched_tokens, options.max_running),
+            long_prefill_token_threshold=options.long_prefill_token_threshold,
             max_waiting=_WAITING_MAX,
             max_model_len=max_model_len,
         ),

@@ -47,6 +47,8 @@ from engine.step_time import StepWork
 class CoreLimits:
     max_running: int
     max_batched_tokens: int
+    #: Of one prompt in one step; 0: as many as fit.
+    long_prefill_token_threshold: int = 0
     max_waiting: int
     max_model_len: int
 
@@ -334,7 +336,7 @@ class SimCore:
         return budget
 
     def _plan_chunk(self, sequence: Sequence, chunks: list[tuple[Sequence, int]], budget: int) -> int:
-        count = min(budget, sequence.length - sequence.computed)
+        count = min(budget, sequence.length - sequence.computed, self._limits.long_prefill_token_threshold or budget)
         chunks.append((sequence, count))
         return count
 

@@ -351,6 +351,7 @@ def _engine_args(launch: Launch, steps: StepLoop) -> Any:
         enable_prefix_caching=options.prefix_caching,
         max_num_seqs=options.max_running,
         max_num_batched_tokens=max(options.max_batched_tokens, options.max_running),
+        long_prefill_token_threshold=options.long_prefill_token_threshold,
         # Compiling takes minutes on a CPU and gains little there.
         enforce_eager=current_platform.is_cpu(),
         worker_cls="engine.vllm_cpu_worker.SeedKeepingCpuWorker" if current_platform.is_cpu() else "auto",

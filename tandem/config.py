@@ -126,6 +126,7 @@ _ENGINE_RANGES: Mapping[str, tuple[float, float]] = {
     "max_running": (1, 65_536),
     "cpu_threads": (0, 1024),
     "max_batched_tokens": (1, 1 << 20),
+    "long_prefill_token_threshold": (0, 1 << 20),
     "max_model_len": (2, 1 << 24),
     "seed": (0, 2**63 - 1),
     "speedup": (0.0, 1e6),

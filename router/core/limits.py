@@ -16,8 +16,8 @@ class CoreLimits:
     decode_attempts_max: int = 3
     #: Prompt tokens a decode worker computes itself at a time. One longer prompt may run alone.
     local_prefill_tokens_max: int = 8_192
-    #: Prompt tokens a decode worker computes at a time because prefill workers are far behind; 0: none. How much a
-    #: step of it may then be longer is its engine's `max_batched_tokens` to say.
+    #: The longest prompt that a decode worker computes because prefill workers are far behind, one at a time; 0: none.
+    #: How much longer its steps are then is its engine's `long_prefill_token_threshold` to say.
     overflow_tokens_max: int = 0
     #: Of the tokens a request may generate, how many get KV room reserved at dispatch. Engines preempt when a
     #: crowd of long answers outgrows that; reserving for the longest answer possible would leave memory idle.

@@ -36,8 +36,8 @@ from router.core.worker import Role
 #: How many of the best ranked are looked at where the best may not do.
 _LOOK = 4
 #: A prompt overflows when the pair's first token is predicted so many times as late as the decode worker's. At 1 the
-#: decode workers get half of the prompts on top of all decoding, and prefill workers run dry between bursts
-#: (benchmarks/handoff.py: 1, 2 and 3 were tried).
+#: decode workers get half of the prompts on top of all decoding, and prefill workers run dry between bursts; at 5 too
+#: few to matter when little is in flight (benchmarks/handoff.py: 1 to 5 were tried).
 _FAR_BEHIND = 3.0
 
 
@@ -213,12 +213,10 @@ def _elsewhere(what: Ask, decode: Worker) -> Figures | None:
 
 
 def _overflow(what: Ask, decoders: list[Worker], pair: Pair | None = None) -> Whole | None:
-    """At the decode worker that computes least. `pair` is what it would be otherwise; without one it would wait."""
-    most = what.limits.overflow_tokens_max
-    able = [worker for worker in decoders if worker.prefilling.total + what.tokens <= most]
-    if not able:
+    """At a decode worker that computes no other. `pair` is what it would be otherwise; without one it would wait."""
+    best = next((worker for worker in decoders if not worker.prefilling), None)
+    if best is None or what.tokens > what.limits.overflow_tokens_max:
         return None
-    best = min(able, key=lambda worker: (what.ttft_s(worker), worker.chosen))
     if pair is not None:
         elsewhere_s = what.ttft_s(pair.prefill) + _move_s(what, pair.prefill, pair.decode)
         if elsewhere_s < _FAR_BEHIND * what.ttft_s(best):

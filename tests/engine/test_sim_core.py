@@ -40,6 +40,7 @@ class World:
     bytes_per_token: int = 16
     max_running: int = 8
     max_batched_tokens: int = 64
+    long_prefill_token_threshold: int = 0
     max_waiting: int = 1000
     max_model_len: int = 200
     prefix_caching: bool = True
@@ -59,6 +60,7 @@ class World:
         limits = CoreLimits(
             max_running=self.max_running,
             max_batched_tokens=self.max_batched_tokens,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
             max_waiting=self.max_waiting,
             max_model_len=min(self.max_model_len, self.blocks * self.block_tokens),
         )
@@ -146,6 +148,20 @@ def expected(prompt: tuple[int, ...], count: int = 8, salt: str = "", seed: int 
 
 def seeded(seed: int, count: int = 8) -> Sampling:
     return Sampling(max_tokens=count, temperature=1.0, seed=seed)
+
+
+def test_a_long_prompt_leaves_room_in_its_steps_where_it_is_told_to() -> None:
+    for threshold in 0, 8:
+        world = World(max_batched_tokens=16, long_prefill_token_threshold=threshold)
+        world.decode("long", prompt_of(48))
+        world.step()
+        world.decode("short", prompt_of(4))
+        steps = 0
+        while not world.answers.get("short"):
+            world.step()
+            steps += 1
+        assert steps == (3 if threshold == 0 else 1)
+        world.run()
 
 
 # Reading while it is computed

@@ -416,7 +416,7 @@ class TestPlacement:
 
 
 class TestOverflow:
-    """Prompts of 8 tokens; decode workers may compute 8 at a time."""
+    """Prompts of 8 tokens; decode workers may compute one of them at a time."""
 
     def world(self, **limits: Any) -> World:
         world = World(**{"overflow_tokens_max": 8, **limits})
@@ -431,7 +431,7 @@ class TestOverflow:
 
     def test_a_decode_worker_computes_a_prompt_when_prefill_workers_are_far_behind(self) -> None:
         world = self.world()
-        # The third would come three times as late at p; then d has as much as it may, whatever p's queue.
+        # The third would come three times as late at p; then d computes one, whatever p's queue.
         assert self.submit(world, 6) == [False, False, True, False, False, False]
         assert (world.core.stats.local_prefills, world.core.stats.local_overflow) == (1, 1)
         story = world.story("r2")
