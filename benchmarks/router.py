@@ -22,7 +22,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,29 +183,33 @@ class Plan:
     levels: Sequence[int]
     #: Of each cell, by pacing.
     duration_s: Mapping[str, float]
-    split: bool
 
     def loads(self, pacing: str) -> list[tuple[int, bool]]:
         """How many in flight, and whether all begin at once."""
         at_once = [(AT_ONCE, True)] if pacing == "paced" and AT_ONCE in self.levels else []
         return [*((level, False) for level in self.levels), *at_once]
 
-    def measure(self, load: LoadGenerator, target: Target, pacing: str) -> list[Cell]:
-        load.run(loaded(target.job, pacing, 16, at_once=True, duration_s=0.3))
-        cells = []
-        for in_flight, at_once in self.loads(pacing):
-            job = loaded(target.job, pacing, in_flight, at_once=at_once, duration_s=self.duration_s[pacing])
-            before = cpu_s(target.pids)
-            result = load.run(job)
-            cell = Cell(target.name, pacing, in_flight, at_once, result, cpu_s(target.pids) - before)
-            cells.append(cell)
-            print(
-                f"{pacing} {target.name} at {in_flight}: {result.requests} requests, {cell.cpu_s:.2f} s of CPU",
-                flush=True,
-            )
-            for error in result.errors[:1]:
-                print(f"  {len(result.errors)} failed: {error}")
-        return cells
+    def measure(self, load: LoadGenerator, targets: Sequence[Target], pacing: str) -> list[Cell]:
+        """All targets under one load, then all under the next: the machine's speed changes within a run."""
+        for target in targets:
+            load.run(loaded(target.job, pacing, 16, at_once=True, duration_s=0.3))
+        return [
+            self._cell(load, target, pacing, in_flight, at_once)
+            for in_flight, at_once in self.loads(pacing)
+            for target in targets
+        ]
+
+    def _cell(self, load: LoadGenerator, target: Target, pacing: str, in_flight: int, at_once: bool) -> Cell:
+        job = loaded(target.job, pacing, in_flight, at_once=at_once, duration_s=self.duration_s[pacing])
+        before = cpu_s(target.pids)
+        result = load.run(job)
+        cell = Cell(target.name, pacing, in_flight, at_once, result, cpu_s(target.pids) - before)
+        print(
+            f"{pacing} {target.name} at {in_flight}: {result.requests} requests, {cell.cpu_s:.2f} s of CPU", flush=True
+        )
+        for error in result.errors[:1]:
+            print(f"  {len(result.errors)} failed: {error}")
+        return cell
 
 
 def loaded(job: Job, pacing: str, in_flight: int, *, at_once: bool, duration_s: float) -> Job:
@@ -236,10 +241,9 @@ def options(pacing: str) -> EngineOptions:
     )
 
 
-def tandem_cells(
-    plan: Plan, load: LoadGenerator, pacing: str, edges: int, texts: Sequence[str], logs: Path
-) -> list[Cell]:
-    roles = (Role.PREFILL, Role.DECODE) if plan.split else (Role.BOTH,)
+@contextmanager
+def tandem_targets(pacing: str, edges: int, texts: Sequence[str], logs: Path, *, split: bool) -> Iterator[list[Target]]:
+    roles = (Role.PREFILL, Role.DECODE) if split else (Role.BOTH,)
     config = RouterConfig(
         model_dir=str(MODEL),
         model_name=NAME,
@@ -251,7 +255,7 @@ def tandem_cells(
         limits=CoreLimits(local_prefill_tokens_max=PROMPT_TOKENS * RUNNING_MAX),
     )
     with cluster(
-        pacing,
+        f"{pacing}-{edges}",
         roles,
         options(pacing),
         engine="sim",
@@ -264,20 +268,27 @@ def tandem_cells(
         assert found.http_port is not None
         pids = [found.pids["router"], *children(found.pids["router"])]
         more = f", {edges} edges" if edges > 1 else ""
-        targets = [
+        yield [
             Target(NATIVE + more, pids, native_job(found.address, texts)),
             Target(KSERVE + more, pids, kserve_job(found.address, texts)),
             Target(OPENAI + more, pids, openai_job(found.http_port, texts)),
         ]
-        return [cell for target in targets for cell in plan.measure(load, target, pacing)]
 
 
-def dynamo_cells(
-    plan: Plan, load: LoadGenerator, python: Path, pacing: str, texts: Sequence[str], logs: Path
-) -> list[Cell]:
-    folder = logs / f"dynamo-{pacing}"
-    with dynamo(python, MODEL, NAME, folder, step_ms=STEP_MS[pacing], running_max=RUNNING_MAX) as found:
-        return plan.measure(load, Target(DYNAMO, [found.pids["frontend"]], openai_job(found.http_port, texts)), pacing)
+@contextmanager
+def dynamo_targets(python: Path | None, pacing: str, texts: Sequence[str], logs: Path) -> Iterator[list[Target]]:
+    """None where it does not run."""
+    with ExitStack() as stack:
+        targets = []
+        if python is not None:
+            folder = logs / f"dynamo-{pacing}"
+            running = dynamo(python, MODEL, NAME, folder, step_ms=STEP_MS[pacing], running_max=RUNNING_MAX)
+            try:
+                found = stack.enter_context(running)
+                targets = [Target(DYNAMO, [found.pids["frontend"]], openai_job(found.http_port, texts))]
+            except DidNotStart as error:
+                print(error)
+        yield targets
 
 
 async def engine_alone(pacing: str, in_flight: int, *, at_once: bool, duration_s: float) -> Result:
@@ -385,9 +396,9 @@ def main() -> None:
     parser.add_argument("--no-dynamo", action="store_true")
     arguments = parser.parse_args()
     env = environment()
-    plan = Plan(arguments.levels, {"unpaced": 3.0, "paced": 6.0}, arguments.split)
+    plan = Plan(arguments.levels, {"unpaced": 3.0, "paced": 6.0})
     if arguments.quick:
-        plan = Plan((1, 16), {"unpaced": 1.0, "paced": 2.5}, arguments.split)
+        plan = Plan((1, 16), {"unpaced": 1.0, "paced": 2.5})
     logs = Path(tempfile.mkdtemp(prefix="bench-router-"))
     print(f"logs in {logs}")
     texts, own, cells = prompts(64), {}, list[Cell]()
@@ -402,14 +413,13 @@ def main() -> None:
             duration_s = plan.duration_s[pacing] / 2
             alone = engine_alone(pacing, level, at_once=at_once, duration_s=duration_s)
             own[pacing, level, at_once] = uvloop.run(alone)
-        with LoadGenerator() as load:
+        with LoadGenerator() as load, ExitStack() as stack:
+            targets: list[Target] = []
             for edges in arguments.edges:
-                cells += tandem_cells(plan, load, pacing, edges, texts, logs)
-            if python is not None:
-                try:
-                    cells += dynamo_cells(plan, load, python, pacing, texts, logs)
-                except DidNotStart as error:
-                    print(error)
+                running = tandem_targets(pacing, edges, texts, logs, split=arguments.split)
+                targets += stack.enter_context(running)
+            targets += stack.enter_context(dynamo_targets(python, pacing, texts, logs))
+            cells += plan.measure(load, targets, pacing)
     rows = [as_row(cell, own) for cell in cells]
     if not any(row["what"] == DYNAMO for row in rows):
         rows.append({"what": f"dynamo {DYNAMO_VERSION} could not be run"})
