@@ -6,10 +6,10 @@ and new, so no prefix cache helps; sampling is greedy and EOS is ignored, so eve
 
 The pair's engines compute 512 tokens a step at most, the whole ones 2,048, as vLLM does by default. On a CPU a prompt
 costs a tenth more in the smaller steps. The pair buys with it that prompts which come together are handed over one by
-one. Its decode worker computes prompts itself while the prefill worker is far behind (`router.limits`), 128 tokens a
-step of one at most, so that these delay the answers there by no more. In whole engines small steps would shorten what a
-prompt delays the answers beside it, which is not measured here. What the pair does without any overflow:
-`--overflow 0`.
+one. Its decode worker computes a prompt itself while the prefill worker is far behind
+(`router.limits.overflow_tokens_max`), 128 tokens a step at most, so that it delays the answers there by no more. In
+whole engines small steps would shorten what a prompt delays the answers beside it, which is not measured here. What the
+pair does without any overflow: `--overflow 0`.
 
 vLLM's own pair with NixlConnector (nixl_pair.py) is measured last, when the others have gone: each of its engines keeps
 a core busy while it has nothing to do. It is so slow that it gets few requests. A pair that fails is started once more;

@@ -3,10 +3,9 @@
     make bench-slow ARGS="--seconds 60"
 
 Beside the clients that are measured, as many others run: first they read, then they stop reading after their first
-message, then others read again. What stopped is compared with the better of the two times that others read, so that a
-machine that is disturbed in one of them does not hide an effect. All that differs is whether they read: every part
-begins with new answers, none of which ends in it, and the simulated engine's steps take the same time however long
-they have become.
+message, then others read again. What was measured beside those that stopped is compared with both times that others
+read, as long together. All that differs is whether they read: every part begins with new answers, none of which ends in
+it, and the simulated engine's steps take the same time however long they have become.
 
 Who is measured asks for token ids, or over HTTP for log probabilities, so that every token is a message of its own.
 Text alone would not do: one in eighty of the simulated engine's tokens begins a character whose rest comes later, or

@@ -90,7 +90,7 @@ def facts(hello: worker_link_pb2.Hello) -> WorkerFacts:
 
 
 def events(worker_id: str, message: WorkerMessage) -> Sequence[ev.Event]:
-    """None for what a newer worker says, and for a second hello. Of a step, what begins answers comes first, alone."""
+    """Nothing for a second hello and what a newer worker says. Of a step, what begins answers comes first, alone."""
     if message.HasField("step"):
         outputs, firsts = tuple(map(_step_output, message.step.outputs)), message.step.firsts
         parts = (outputs[:firsts], outputs[firsts:]) if 0 < firsts < len(outputs) else (outputs,)

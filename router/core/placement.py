@@ -214,8 +214,10 @@ def _elsewhere(what: Ask, decode: Worker) -> Figures | None:
 
 def _overflow(what: Ask, decoders: list[Worker], pair: Pair | None = None) -> Whole | None:
     """At a decode worker that computes no other. `pair` is what it would be otherwise; without one it would wait."""
+    if what.tokens > what.limits.overflow_tokens_max:
+        return None
     best = next((worker for worker in decoders if not worker.prefilling), None)
-    if best is None or what.tokens > what.limits.overflow_tokens_max:
+    if best is None:
         return None
     if pair is not None:
         elsewhere_s = what.ttft_s(pair.prefill) + _move_s(what, pair.prefill, pair.decode)
